@@ -1,0 +1,123 @@
+"""Hyper-representation: a representation shared by all tasks is the hyperparameter of their linear classifiers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from hyperax.constraints import Positive
+from hyperax.dynamics import GradientDescent
+from hyperax.fewshot.episodes import Episode
+from hyperax.fewshot.layers import Statistics
+from hyperax.fewshot.networks import Network, encode
+from hyperax.methods import Method, hypergradient
+from hyperax.methods.hypergradient import HypergradientFunction
+from hyperax.problem import Problem
+from hyperax.rollout import rollout
+
+
+class Prepared(NamedTuple):
+    """An episode seen through the representation: all that the ground classifier needs of it."""
+
+    support: Float[Array, "NK features"]
+    support_labels: Int[Array, " NK"]
+    query: Float[Array, "NQ features"]
+    query_labels: Int[Array, " NQ"]
+
+
+class Classifier(NamedTuple):
+    """The inner variables w: multinomial logistic regression on features."""
+
+    weight: Float[Array, "features ways"]
+    bias: Float[Array, " ways"]
+
+    def __call__(self, features: Float[Array, "images features"]) -> Float[Array, "images ways"]:
+        """Logits."""
+        return features @ self.weight + self.bias
+
+
+class HyperRepresentation(eqx.Module):
+    """Few-shot learning with a representation h_lam as hyperparameter and softmax regression as ground model.
+
+        L^j(w, lam) = mean over D_tr^j of cross_entropy(y, w . h_lam(x)),   w_0^j = 0,
+        w_t^j = w_{t-1}^j - eta grad_w L^j(w_{t-1}^j, lam),
+        f_T(lam) = (1 / N) sum over j of the same loss on D_val^j at w_T^j
+
+    Arguments:
+        ways: classes an episode.
+        statistics: where batch normalisation takes its statistics; "set" as in the papers (transductive over the
+            query set).
+        step_size: eta, the inner step size, or its initial value with `learn_step_size`.
+        learn_step_size: whether eta > 0 is a hyperparameter too (the Bridge paper) or fixed (ICML).
+
+    lam is `{"network": module}`, with `learn_step_size` also `"step_size"`, to be kept positive by `constraint()`.
+    Cost: h_lam is computed, and differentiated, once an episode; the T inner steps run on features, so time hardly
+    depends on T.
+    Reference: Franceschi et al. 2018, Sec. 4, eq. 9-10, Algorithm 1; Bridge paper 2017, Sec. 4.
+    Do not use it where tasks need other features: the representation stays fixed while a task is learned.
+
+    >>> learner = HyperRepresentation(ways=5, step_size=0.1)
+    """
+
+    ways: int
+    statistics: Statistics = "set"
+    step_size: float = 0.1
+    learn_step_size: bool = False
+
+    def lam(self, network: Network) -> dict[str, Any]:
+        """The initial outer variables around a network."""
+        lam: dict[str, Any] = {"network": network}
+        if self.learn_step_size:
+            lam["step_size"] = jnp.asarray(self.step_size, jnp.float32)
+        return lam
+
+    def constraint(self) -> dict[str, Any] | None:
+        """What `minimize` has to keep: a positive step size."""
+        return {"network": None, "step_size": Positive()} if self.learn_step_size else None
+
+    @property
+    def dynamics(self) -> GradientDescent:
+        """Gradient descent with eta, fixed or from lam."""
+        return GradientDescent((lambda lam: lam["step_size"]) if self.learn_step_size else self.step_size)
+
+    @property
+    def problem(self) -> Problem:
+        """The bilevel problem of one episode."""
+        return Problem(self._inner, self._outer, self._init, prepare=self._prepare, has_metrics=True)
+
+    def hypergradient(self, method: Method) -> HypergradientFunction:
+        """The hypergradient of one episode; take `mean_over_tasks` of it."""
+        return hypergradient(self.problem, self.dynamics, method)
+
+    def accuracies(self, lam: Any, episode: Episode, steps: int) -> Float[Array, " steps"]:
+        """Accuracy on the query set after t = 1, ..., `steps` inner steps: what T is validated by (ICML Fig. 6)."""
+        prepared = self._prepare(lam, episode)
+        on_features = Problem(self._inner, self._outer, self._init, has_metrics=True)
+        observe = lambda w: jnp.mean(jnp.argmax(w(prepared.query), -1) == prepared.query_labels)
+        return rollout(on_features, self.dynamics, steps, lam, prepared, observe=observe)[1]
+
+    def _prepare(self, lam: Any, episode: Episode) -> Prepared:
+        support, query = (images.astype(jnp.float32) / 255 for images in (episode.support, episode.query))
+        support, query = encode(lam["network"], support, query, self.statistics)
+        return Prepared(support, episode.support_labels, query, episode.query_labels)
+
+    def _init(self, lam: Any, prepared: Prepared) -> Classifier:
+        features = prepared.support
+        return Classifier(jnp.zeros((features.shape[1], self.ways), features.dtype), jnp.zeros(self.ways, features.dtype))
+
+    def _inner(self, w: Classifier, lam: Any, prepared: Prepared) -> Array:
+        return _cross_entropy(w(prepared.support), prepared.support_labels)
+
+    def _outer(self, w: Classifier, lam: Any, prepared: Prepared) -> tuple[Array, dict[str, Array]]:
+        logits = w(prepared.query)
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == prepared.query_labels)
+        return _cross_entropy(logits, prepared.query_labels), {"accuracy": accuracy}
+
+
+def _cross_entropy(logits: Array, labels: Array) -> Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))

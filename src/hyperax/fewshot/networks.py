@@ -1,0 +1,191 @@
+"""Representations h_lam: images -> features, the papers' three networks and an adapter for any other module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from hyperax.fewshot.layers import (
+    Activations,
+    BatchNorm,
+    Convolution,
+    Moments,
+    Statistics,
+    max_pool,
+    moments_of_first,
+    moments_over_tasks,
+    own_moments,
+)
+
+Features = Float[Array, "images features"]
+Network = Callable[[Activations, Moments], Features]
+"""A representation: (images in [0, 1], where batch normalisation takes its statistics) -> features."""
+
+
+class OmniglotNet(eqx.Module):
+    """Four strided 3x3 convolutions of 64 filters, each with batch normalisation and ReLU: 28-14-7-4-2, 256 features.
+
+    Arguments:
+        image_shape: (height, width, channels); at least 9 x 9, so that the strides do not meet a single pixel early.
+        key: for the Glorot-uniform initialisation.
+        filters: 64 in the papers.
+
+    Raises: `ValueError` for images that are too small.
+    Cost: 2.7 million multiplications an image of 28 x 28.
+    Reference: Franceschi et al. 2018, Sec. 5.2 and App. D; Vinyals et al. 2016.
+    Do not use it on photographs: `C4L` pools instead of striding.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    normalisations: tuple[BatchNorm, ...]
+
+    def __init__(self, image_shape: tuple[int, int, int], key: Key[Array, ""], filters: int = 64):
+        require_size("OmniglotNet", image_shape, 9)
+        self.convolutions, self.normalisations = _stack(image_shape[2], filters, key, stride=2)
+
+    def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
+        """[images, height, width, channels] in [0, 1] -> [images, 4 filters at 28 x 28]."""
+        for convolution, normalisation in zip(self.convolutions, self.normalisations, strict=True):
+            images = jax.nn.relu(normalisation(convolution(images), moments))
+        return images.reshape(images.shape[0], -1)
+
+
+class C4L(eqx.Module):
+    """Four 3x3 convolutions of 32 filters, each with batch normalisation, ReLU and 2x2 max-pooling: 84-42-21-10-5.
+
+    Arguments:
+        image_shape: (height, width, channels); at least 16 x 16; 84 x 84 x 3 gives 800 features.
+        key: for the Glorot-uniform initialisation.
+        filters: 32 in the papers.
+
+    Raises: `ValueError` for images that are too small.
+    Cost: 33 million multiplications an image of 84 x 84.
+    Reference: Franceschi et al. 2018, Sec. 5.2 and App. D; Ravi and Larochelle 2017.
+    """
+
+    convolutions: tuple[Convolution, ...]
+    normalisations: tuple[BatchNorm, ...]
+
+    def __init__(self, image_shape: tuple[int, int, int], key: Key[Array, ""], filters: int = 32):
+        require_size("C4L", image_shape, 16)
+        self.convolutions, self.normalisations = _stack(image_shape[2], filters, key, stride=1)
+
+    def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
+        """[images, height, width, channels] in [0, 1] -> [images, 25 filters at 84 x 84]."""
+        for convolution, normalisation in zip(self.convolutions, self.normalisations, strict=True):
+            images = max_pool(jax.nn.relu(normalisation(convolution(images), moments)))
+        return images.reshape(images.shape[0], -1)
+
+
+class ResidualBlock(eqx.Module):
+    """Three {3x3 convolution, batch normalisation, leaky ReLU 0.1} plus a 1x1 skip convolution, then 2x2 max-pooling."""
+
+    convolutions: tuple[Convolution, ...]
+    normalisations: tuple[BatchNorm, ...]
+    skip: Convolution
+
+    def __init__(self, inputs: int, outputs: int, key: Key[Array, ""]):
+        *keys, for_skip = jax.random.split(key, 4)
+        sizes = (inputs, outputs, outputs)
+        self.convolutions = tuple(Convolution(size, outputs, k) for size, k in zip(sizes, keys, strict=True))
+        self.normalisations = tuple(BatchNorm(jnp.zeros(outputs)) for _ in sizes)
+        self.skip = Convolution(inputs, outputs, for_skip, size=1)
+
+    def __call__(self, x: Activations, moments: Moments) -> Activations:
+        """[images, height, width, inputs] -> [images, ceil(height / 2), ceil(width / 2), outputs]."""
+        y = x
+        for convolution, normalisation in zip(self.convolutions, self.normalisations, strict=True):
+            y = jax.nn.leaky_relu(normalisation(convolution(y), moments), 0.1)
+        return max_pool(y + self.skip(x), same=True)
+
+
+class ResidualNet(eqx.Module):
+    """The papers' RN: residual blocks of 64, 96, 128, 256 filters, then 1x1 convolution (2048), mean, 512 features.
+
+    Arguments:
+        image_shape: (height, width, channels); at least 16 x 16; the papers use 84 x 84 x 3 (84-42-21-11-6).
+        key: for the Glorot-uniform initialisation.
+
+    Raises: `ValueError` for images that are too small.
+    Cost: 1.0 billion multiplications an image of 84 x 84.
+    Reference: Franceschi et al. 2018, App. D, with the 3x3 convolutions of the published code (the appendix prints
+    1x1); every weight is learned here, skip convolutions and shifts included.
+    """
+
+    blocks: tuple[ResidualBlock, ...]
+    widen: Convolution
+    narrow: Convolution
+
+    def __init__(self, image_shape: tuple[int, int, int], key: Key[Array, ""]):
+        require_size("ResidualNet", image_shape, 16)
+        *keys, for_widen, for_narrow = jax.random.split(key, 6)
+        sizes = (image_shape[2], 64, 96, 128, 256)
+        self.blocks = tuple(ResidualBlock(i, o, k) for i, o, k in zip(sizes, sizes[1:], keys, strict=False))
+        self.widen = Convolution(256, 2048, for_widen, size=1)
+        self.narrow = Convolution(2048, 512, for_narrow, size=1)
+
+    def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
+        """[images, height, width, channels] in [0, 1] -> [images, 512]."""
+        for block in self.blocks:
+            images = block(images, moments)
+        pooled = jnp.mean(jax.nn.relu(self.widen(images)), axis=(1, 2), keepdims=True)
+        return jax.nn.relu(self.narrow(pooled))[:, 0, 0]
+
+
+class PerImage(eqx.Module):
+    """Any module that maps one image to a vector, as a representation of a batch.
+
+    Arguments:
+        module: called with one float image in [0, 1], [height, width, channels] or, with `channels_first` (Equinox's
+            layers), [channels, height, width]; its result is flattened.
+        channels_first: see above.
+
+    It has no batch statistics, so the choice of them does not matter.
+    """
+
+    module: Any
+    channels_first: bool = eqx.field(static=True, default=True)
+
+    def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
+        """[images, height, width, channels] -> [images, features]."""
+        if self.channels_first:
+            images = jnp.transpose(images, (0, 3, 1, 2))
+        return jax.vmap(lambda image: jnp.ravel(self.module(image)))(images)
+
+
+def encode(
+    network: Network, support: Activations, query: Activations, statistics: Statistics = "set"
+) -> tuple[Features, Features]:
+    """Features of the support and of the query images of one episode, with the chosen batch statistics."""
+    if statistics == "set":
+        return network(support, own_moments), network(query, own_moments)
+    count = support.shape[0]
+    moments = {"support": moments_of_first(count), "episode": own_moments, "batch": moments_over_tasks}
+    if statistics not in moments:
+        raise ValueError(f"unknown statistics {statistics!r}: use 'set', 'support', 'episode' or 'batch'")
+    features = network(jnp.concatenate([support, query]), moments[statistics])
+    return features[:count], features[count:]
+
+
+def require_size(name: str, image_shape: tuple[int, int, int], least: int) -> None:
+    """Raise `ValueError` unless the images are at least this large."""
+    if len(image_shape) != 3 or min(image_shape[:2]) < least or image_shape[2] < 1:
+        raise ValueError(
+            f"{name} needs images of at least {least} x {least} pixels and one channel; these are "
+            f"{' x '.join(map(str, image_shape))}: use larger images or another network"
+        )
+
+
+def _stack(
+    channels: int, filters: int, key: Key[Array, ""], stride: int
+) -> tuple[tuple[Convolution, ...], tuple[BatchNorm, ...]]:
+    sizes = (channels, filters, filters, filters)
+    convolutions = tuple(
+        Convolution(size, filters, k, stride=stride) for size, k in zip(sizes, jax.random.split(key, 4), strict=True)
+    )
+    return convolutions, tuple(BatchNorm(jnp.zeros(filters)) for _ in sizes)

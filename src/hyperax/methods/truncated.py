@@ -1,0 +1,60 @@
+"""Reverse mode through the last steps only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from hyperax.dynamics.dynamics import Dynamics
+from hyperax.methods.method import Method, Outcome
+from hyperax.problem import Data, Lam, Problem, Scalar
+from hyperax.rollout import advance, check_steps, initial_state
+
+
+class Truncated(Method):
+    """An approximate gradient of f_T by reverse mode through the last K of the T steps; s_{T-K} counts as constant.
+
+        h_{T-K} = grad_lam E + sum over t = T-K+1, ..., T of (d Phi_t / d lam)^T alpha_t
+
+    Arguments:
+        steps: T >= 0.
+        window: K, 0 <= K <= T. With K = T it is `Reverse`, Phi_0 included.
+
+    Raises: `ValueError` for a window outside 0, ..., T.
+    Cost: as `Reverse(K)`, plus T - K plain steps; memory K states.
+    Error: where the inner objective is strongly convex near w_T it decays like (1 - eta mu)^K (Shaban et al. 2019).
+    Reference: Franceschi et al. 2017 (ICML), Sec. 3.3; Shaban et al. 2019.
+    Do not use it where lam acts through Phi_0 or early steps (initialisations, schedules): that part is cut off.
+
+    >>> method = Truncated(steps=1000, window=20)
+    """
+
+    steps: int
+    window: int
+
+    def __check_init__(self):
+        check_steps(self.steps)
+        check_steps(self.window, "window")
+        if self.window > self.steps:
+            raise ValueError(f"window {self.window} is longer than the run of {self.steps} steps; use at most {self.steps}")
+
+    def value(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
+        """f_T(lam), with the first T - K steps detached from lam."""
+        prepared = problem.prepare(lam, data)
+        detached = self.steps - self.window
+        if detached == 0:
+            state = initial_state(problem, dynamics, lam, prepared)
+        else:
+            fixed_lam, fixed_data = _detach(lam), _detach(prepared)
+            state = initial_state(problem, dynamics, fixed_lam, fixed_data)
+            state, _ = advance(problem, dynamics, state, fixed_lam, fixed_data, first=1, last=detached)
+            state = _detach(state)
+        state, _ = advance(problem, dynamics, state, lam, prepared, first=detached + 1, last=self.steps)
+        value, metrics = problem.evaluate(state.w, lam, prepared)
+        return value, Outcome(state, {"metrics": metrics}, carry)
+
+
+def _detach(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
