@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +19,8 @@ EXAMPLES, INPUTS, STEPS, TASKS = 6, 3, 6, 4
 LAM = {
     "init": {"weight": np.array([0.3, -0.2, 0.5]), "bias": np.array(0.1)},
     "steps": {
-        "log_step": np.array([-1.4, -1.6]),
-        "logit_momentum": np.array(-0.4),
-        "logit_beta": np.array([0.7, 1.5]),
+        "log_rates": np.array([-1.4, -1.6]),
+        "logit_memory": np.array([0.7, 1.5]),
         "log_decay": np.array(-2.0),
         "example_weights": np.array([1.0, 0.5, 0.8, 1.2, 0.9, 0.6]),
     },
@@ -55,39 +53,33 @@ def regression(lam_of: Any, batches: bool) -> hx.Problem:
         return _loss(w, data["x_outer"], data["y_outer"]) + lam[0] * jnp.sum(w["weight"]) ** 2 + jnp.sum(lam**3)
 
     def batch(data, t):
-        chosen = jax.random.permutation(jax.random.fold_in(data["key"], t), EXAMPLES) < EXAMPLES // 2
-        return {**data, "weights": 2.0 * chosen}
+        return {**data, "weights": 2.0 * jax.random.bernoulli(jax.random.fold_in(data["key"], t), 0.5, (EXAMPLES,))}
 
     init = lambda lam, data: lam_of(lam)["init"]
     return hx.Problem(inner, outer, init, prepare, batch=batch if batches else None)
 
 
-def _rates(lam: dict) -> dict:
-    rates = jnp.exp(lam["steps"]["log_step"])
-    return {"weight": rates[0], "bias": rates[1]}
-
-
-def _schedule(lam: dict, t: Any) -> Any:
-    return jax.nn.sigmoid(lam["steps"]["logit_momentum"]) * (1.0 - 0.5 / t)
-
-
 def dynamics_table(lam_of: Any) -> dict[str, hx.Dynamics]:
-    """Every dynamics, with all its settings from lam: one row each."""
+    """Every dynamics, with its settings from lam: one row each."""
+
+    rates = lambda lam: jnp.exp(lam_of(lam)["steps"]["log_rates"])
+    memory = lambda lam: jax.nn.sigmoid(lam_of(lam)["steps"]["logit_memory"])
+
+    def per_parameter(lam):
+        return {"weight": rates(lam)[0], "bias": rates(lam)[1]}
+
+    def schedule(lam, t):
+        return jax.tree.map(lambda rate: rate * (1.0 + jnp.sum(memory(lam) ** t)), per_parameter(lam))
 
     def adam(lam):
-        lam = lam_of(lam)["steps"]
-        betas = jax.nn.sigmoid(lam["logit_beta"])
-        return optax.adam(jnp.exp(lam["log_step"][0]), b1=betas[0], b2=betas[1], eps=1e-3, eps_root=1e-4)
-
-    def sgd(lam):
-        lam = lam_of(lam)["steps"]
-        return optax.sgd(jnp.exp(lam["log_step"][0]), momentum=jax.nn.sigmoid(lam["logit_momentum"]))
+        b1, b2 = memory(lam)
+        return optax.adam(jnp.sum(rates(lam)), b1=b1, b2=b2, eps=1e-3, eps_root=1e-4)
 
     return {
-        "GradientDescent": hx.GradientDescent(lambda lam: _rates(lam_of(lam))),
-        "HeavyBall": hx.HeavyBall(lambda lam: _rates(lam_of(lam)), lambda lam, t: _schedule(lam_of(lam), t)),
+        "GradientDescent": hx.GradientDescent(schedule),
+        "HeavyBall": hx.HeavyBall(per_parameter, lambda lam, t: memory(lam)[0] * (1.0 - memory(lam)[1] / (t + 1))),
         "Optax(adam)": hx.Optax(adam),
-        "Optax(sgd)": hx.Optax(sgd),
+        "Optax(sgd)": hx.Optax(lambda lam: optax.sgd(jnp.sum(rates(lam)), momentum=memory(lam)[0])),
     }
 
 
@@ -172,8 +164,3 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.
         bound = rtol * np.max(np.abs(other), initial=0.0) + atol
         distance = np.max(np.abs(one - other), initial=0.0)
         assert distance <= bound, f"{jax.tree_util.keystr(path)}: {one} and {other} differ by {distance}, over {bound}"
-
-
-def filter_floats(tree: Any) -> Any:
-    """The differentiable leaves of a pytree."""
-    return eqx.filter(tree, eqx.is_inexact_array)

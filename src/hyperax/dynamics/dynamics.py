@@ -72,9 +72,7 @@ def evaluate_setting(setting: Setting, lam: Lam, t: Step) -> PyTree:
 def _arity(function: Callable) -> int:
     # Optional arguments are the function's own business: only what must be given counts.
     parameters = inspect.signature(function).parameters.values()
-    return sum(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
-    )
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def scale(name: str, rate: PyTree, tree: W) -> W:

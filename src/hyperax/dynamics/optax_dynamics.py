@@ -41,7 +41,9 @@ class Optax(Dynamics):
             return self.transformation
         built = self.transformation(lam)
         if not isinstance(built, optax.GradientTransformation):
-            raise ValueError(f"the function given to Optax returned {type(built).__name__}, not an optax transformation")
+            raise ValueError(
+                f"the function given to Optax returned {type(built).__name__}, not an optax transformation"
+            )
         return built
 
     def init(self, w: W, lam: Lam) -> State:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from hyperax.experiments.report import Run, best_record, compared, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,89 +19,8 @@ _BLUE, _RED, _GREEN, _GREY, _INK = "#0072b2", "#d55e00", "#009e73", "#8a8f98", "
 _WIDTH, _DOTS_PER_INCH = 7.0, 160  # text stays legible when a page shrinks a figure to 700 pixels
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds.
-
-    Fields:
-        folder: where it is.
-        config, summary: as written; `summary` is `None` until the run has ended.
-        records, timings: by step; of a step recorded twice, as after a resume, the later one.
-        pairs: the arrays of `pairs.npz`, if it is there.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    records: list[dict[str, Any]]
-    timings: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-    pairs: dict[str, np.ndarray] | None
-
-
-def read_run(folder: str | Path) -> Run:
-    """The contents of a run folder; `ValueError` if it is none, or names the damaged file and line."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: give the folder that `hyperax run` wrote.")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a run folder, it has no config.json: give the one that `hyperax run` wrote.")
-    config = _parsed((folder / "config.json").read_text("utf-8"), "config.json")
-    summary = None
-    if (folder / "summary.json").is_file():
-        summary = _parsed((folder / "summary.json").read_text("utf-8"), "summary.json")
-        if not isinstance((summary.get("test") or {}).get("accuracy"), int | float):
-            raise ValueError("summary.json is damaged: it has no test accuracy; run `hyperax run` again to write it.")
-    lines = [_lines(folder / name, key, summary is None) for name, key in (("records", "value"), ("timings", "seconds"))]
-    return Run(folder, config, *lines, summary, _arrays(folder / "pairs.npz"))
-
-
-def _parsed(text: str, where: str, *keys: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}; restore the file or run the recipe again.") from None
-    missing = keys if not isinstance(value, dict) else [k for k in keys if not isinstance(value.get(k), int | float)]
-    if missing or not isinstance(value, dict):
-        lacking = f"a JSON object with numbers {' and '.join(missing)}" if missing else "a JSON object"
-        raise ValueError(f"{where} is damaged: it is not {lacking}; restore the file or run the recipe again.")
-    return value
-
-
-def _lines(path: Path, key: str, running: bool) -> list[dict[str, Any]]:
-    path = path.with_suffix(".jsonl")
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    if running and lines and not lines[-1].endswith("\n"):
-        lines.pop()  # being written, or cut short by the interruption
-    named = [(f"{path.name}, line {i},", line) for i, line in enumerate(lines, 1) if line.strip()]
-    by_step = {value["step"]: value for value in (_parsed(line, name, "step", key) for name, line in named)}
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.is_file():
-        return None
-    needed = [f"{pair}_{part}" for pair in ("near", "far") for part in ("images", "features", "distance")]
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in [*needed, "names", "component_index"]}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"pairs.npz is damaged: {error}; delete it to report without that figure.") from None
-
-
-def best_record(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record of the smallest validation score, `None` before the first validation."""
-    scored = [record for record in records if np.isfinite(record.get("score") or np.nan) or record.get("score") == 0]
-    return min(scored, key=lambda record: record["score"], default=None)
-
-
-def compared(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Everything that was measured on unseen classes or published: (name, {"accuracy", "ci95", ...}), this run first."""
-    rows = [("this run", summary["test"]), *(summary.get("baselines") or {}).items()]
-    return rows + ([("paper", summary["paper"])] if summary.get("paper") else [])
-
-
 def smoothing_window(count: int) -> int:
-    """Records in the moving average of the training curves: a fortieth of them, odd, so that noise goes and shape stays.
+    """Records in the moving average of the training curves: a fortieth of them, odd; noise goes and shape stays.
 
     >>> smoothing_window(400)
     11
@@ -119,6 +38,8 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
     it is positive, accuracy on one logarithmic in the error 1 - accuracy if it passes 90 %.
     Reference: Franceschi et al. 2018, eq. 9 (f_T of a meta-learning problem).
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     step_sizes = _series(records, lambda record: record["metrics"]["step_size"])
     accuracies = _series(records, lambda record: 100 * record["metrics"]["accuracy"])
     validations = _series(records, lambda record: 100 * record["validation"]["accuracy"])
@@ -131,7 +52,9 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
     _curve(panels[0], *values, _BLUE, "training episodes")
     if values[1].size and values[1].min() > 0:
         panels[0].set_yscale("log")
-        _plain_log_ticks(panels[0], values[1])
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_locator(NullLocator())
     _style(panels[0], ylabel="outer objective $f_T$")
 
     _curve(panels[1], *accuracies, _BLUE, "training episodes")
@@ -148,7 +71,7 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
         panels[1].plot(best["step"], top, "D", color=_INK, markersize=5.5, markerfacecolor="white", label=label)
     _accuracy_axis(panels[1], np.concatenate([accuracies[1], validations[1]]))
     _style(panels[1], ylabel="accuracy (%)")
-    panels[1].legend(loc="lower right", frameon=False, fontsize=9)
+    panels[1].legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white")
     if len(heights) == 3:
         _curve(panels[2], *step_sizes, _GREEN, "")
         _style(panels[2], ylabel=r"step size $\eta$")
@@ -162,10 +85,13 @@ def validation_of_steps(entries: list[dict[str, Any]], chosen: int | None, train
 
     Arguments:
         entries: {"steps": T, "accuracy": fraction, "ci95": half-width of a 95 % interval or None}.
-        chosen: the T that testing uses; `training`: the T of f_T in training.
+        chosen: the T that testing uses.
+        training: the T of f_T in training.
 
     Reference: Franceschi et al. 2018, Sec. 5.2, Figure 6.
     """
+    from matplotlib.ticker import MaxNLocator
+
     entries = sorted(entries, key=lambda entry: entry["steps"])
     steps, accuracies, intervals = np.array(
         [(entry["steps"], 100 * entry["accuracy"], 100 * (entry.get("ci95") or 0.0)) for entry in entries]
@@ -178,11 +104,13 @@ def validation_of_steps(entries: list[dict[str, Any]], chosen: int | None, train
         axes.axvline(training, color=_GREY, linewidth=1.4, linestyle=(0, (4, 3)), label=f"T in training: {training}")
     for at in np.flatnonzero(steps == chosen):
         label = f"chosen T = {chosen}: {accuracies[at]:.4g} %"
-        axes.plot(steps[at], accuracies[at], "o", color=_INK, markersize=12, markerfacecolor="none", label=label, zorder=4)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.plot(
+            steps[at], accuracies[at], "o", color=_INK, markersize=12, markerfacecolor="none", label=label, zorder=4
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _style(axes, ylabel="validation accuracy (%)", xlabel="inner steps $T$")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", frameon=False, fontsize=9)
+        axes.legend(loc="best", fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white")
     return figure
 
 
@@ -201,21 +129,159 @@ def comparison(rows: list[tuple[str, dict[str, Any]]], chance: float | None = No
     for at, (name, score) in enumerate(rows):
         accuracy, interval = 100 * score["accuracy"], 100 * (score.get("ci95") or 0.0)
         face, hatch = (_BLUE, None) if at == 0 else ("white", "////") if name == "paper" else ("#a9b4c0", None)
-        axes.barh(at, accuracy, 0.62, color=face, hatch=hatch, edgecolor=_GREY if hatch else face, linewidth=0.8, zorder=2)
+        axes.barh(
+            at, accuracy, 0.62, color=face, hatch=hatch, edgecolor=_GREY if hatch else face, linewidth=0.8, zorder=2
+        )
         if interval:
             axes.errorbar(accuracy, at, xerr=interval, color=_INK, elinewidth=1.2, capsize=3, zorder=3)
         text = f"{accuracy:.2f} ± {interval:.2f}" if interval else f"{accuracy:.4g}"
         axes.text(accuracy + interval + 1.5, at, text, va="center", color=_INK, weight="bold" if at == 0 else "normal")
     if chance is not None:
-        axes.axvline(100 * chance, color=_INK, linewidth=1.0, linestyle=":", zorder=4, label=f"chance: {100 * chance:.3g}")
+        axes.axvline(
+            100 * chance, color=_INK, linewidth=1.0, linestyle=":", zorder=4, label=f"chance: {100 * chance:.3g}"
+        )
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, borderaxespad=0.1)
-    axes.set_yticks(range(len(rows)), [textwrap.fill(name, 26) for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(name, 26).replace("$", r"\$") for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 118)
+    axes.set_xlim(0, 125)
     axes.set_xticks(range(0, 101, 20))
     _style(axes, xlabel="accuracy on unseen classes (%)", grid="x")
     axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_bounds(0, 100)
     axes.tick_params(axis="y", length=0)
     return figure
 
 
+def nearest_and_farthest(pairs: dict[str, np.ndarray]) -> Figure:
+    """The images of two classes that are nearest and farthest for h, with some components of their features between.
+
+    Arguments:
+        pairs: `near_images` uint8 [2, height, width, channels], `near_features` [2, features], `near_distance`, the
+            same for `far`, `names` [2], and `component_index`, the components to draw.
+
+    Reference: Franceschi et al. 2018, Figure 5; Bridge paper 2017, Figure 2.
+    """
+    index = np.sort(pairs["component_index"])
+    figure = _figure(4.3)
+    grid = figure.subplots(2, 3, width_ratios=[1, 3.2, 1], squeeze=False)
+    shown = np.stack([pairs[f"{which}_features"][:, index] for which in ("near", "far")])
+    margin = 0.06 * (np.ptp(shown) or 1.0)
+    for (left, middle, right), which, title, features in zip(
+        grid, ("near", "far"), ("Nearest", "Farthest"), shown, strict=True
+    ):
+        for axes, image, color, name, x in zip(
+            (left, right), pairs[f"{which}_images"], (_BLUE, _RED), pairs["names"], ("x", "x'"), strict=True
+        ):
+            _image(axes, image, color, f"${x}$: {_label(str(name))}")
+        at = np.arange(len(index))
+        for offset, values, color, x in zip((-0.2, 0.2), features, (_BLUE, _RED), ("$h(x)$", "$h(x')$"), strict=True):
+            middle.bar(at + offset, values, 0.4, color=color, label=x, zorder=2)
+        middle.set_ylim(min(shown.min() - margin, 0.0), shown.max() + margin)
+        middle.set_title(
+            rf"{title}: $\|h(x) - h(x')\|$ = {float(pairs[f'{which}_distance']):.3g}", fontsize=10, color=_INK
+        )
+        _style(middle, ylabel="feature")
+        middle.set_xticks([])
+    total = pairs["near_features"].shape[1]
+    grid[1, 1].set_xlabel(f"{len(index)} of {total} components of $h$, drawn at random", color=_INK, fontsize=9)
+    grid[0, 1].legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
+    return figure
+
+
+def save_figures(folder: str | Path) -> list[Path]:
+    """Draw `figures/*.png` of a run folder: those that its files allow, in the order of the report.
+
+    Raises: `ValueError` for a folder that is not a run folder, or a damaged file in it.
+    """
+    run = read_run(folder)
+    paths = []
+    for name, figure in _drawn(run):
+        paths.append(run.folder / "figures" / f"{name}.png")
+        paths[-1].parent.mkdir(exist_ok=True)
+        figure.savefig(paths[-1], dpi=_DOTS_PER_INCH, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return paths
+
+
+def _drawn(run: Run) -> Iterator[tuple[str, Figure]]:
+    if run.records:
+        yield "curves", training_curves(run.records)
+    if run.summary:
+        ways = (run.summary.get("protocol") or {}).get("ways")
+        yield "comparison", comparison(compared(run.summary), 1 / ways if ways else None)
+        if run.summary.get("steps_by_validation"):
+            chosen, training = run.summary["test"].get("steps"), run.summary.get("steps_training")
+            yield "steps", validation_of_steps(run.summary["steps_by_validation"], chosen, training)
+    if run.pairs:
+        yield "pairs", nearest_and_farthest(run.pairs)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((_WIDTH, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, xlabel: str = "", ylabel: str = "", grid: Any = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(colors=_INK, labelsize=9, width=0.6, which="both")
+    axes.grid(axis=grid, color="#e3e6ea", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(xlabel, color=_INK)
+    axes.set_ylabel(ylabel, color=_INK)
+
+
+def _series(records: list[dict[str, Any]], read: Callable[[dict[str, Any]], float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the records that have a finite one."""
+    pairs = []
+    for record in records:
+        try:
+            pairs.append((record["step"], float(read(record))))
+        except (KeyError, TypeError):
+            continue
+    steps, values = np.array(pairs, float).reshape(-1, 2).T
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    if not len(values):
+        return
+    half = smoothing_window(len(values)) // 2
+    at, total = np.arange(len(values)), np.concatenate([[0.0], np.cumsum(values)])
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    if half:
+        axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+    smooth = (total[high] - total[low]) / (high - low)
+    axes.plot(steps, smooth, color=color, linewidth=1.8, marker="o" if len(values) < 3 else "", label=label)
+
+
+def _label(name: str) -> str:
+    """A class name of any length and characters, for the narrow space below an image."""
+    name = name if len(name) <= 36 else f"{name[:17]}…{name[-18:]}"
+    lines = textwrap.wrap(name.replace("/", "/ "), 20, initial_indent="   ")  # room for "x: "
+    return "\n".join(lines).strip().replace("$", r"\$")
+
+
+def _image(axes: Axes, image: np.ndarray, color: str, name: str) -> None:
+    grey = image.shape[-1] == 1  # ink is bright in the data and dark on paper
+    axes.imshow(image[..., 0] if grey else image, cmap="gray_r" if grey else None, vmin=0, vmax=255)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(color=color, linewidth=2.0)
+    axes.set_xlabel(name, color=_INK, fontsize=8)
+
+
+def _accuracy_axis(axes: Axes, values: np.ndarray) -> None:
+    if not len(values) or values.max() <= 90:
+        return
+    finest = max(0.05, 0.5 * (100 - values.max()))  # keeps 100 % on the axis
+    axes.set_yscale(
+        "function",
+        functions=(lambda y: -np.log(np.maximum(100 + finest - y, 1e-9)), lambda s: 100 + finest - np.exp(-s)),
+    )
+    axes.set_yticks([y for y in (0, 20, 40, 60, 70, 80, 85, 90, 95, 98, 99, 99.5, 100) if values.min() - 5 <= y])
+    axes.set_ylim(max(values.min() - 3, 0), min(100, values.max() + finest))
+    axes.yaxis.set_major_formatter("{x:g}")

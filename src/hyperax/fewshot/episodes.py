@@ -54,7 +54,9 @@ class Episodes(eqx.Module):
         for name in ("ways", "shots", "queries"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < (2 if name == "ways" else 1):
-                raise ValueError(f"{name} must be a whole number, at least {2 if name == 'ways' else 1}; it is {value!r}")
+                raise ValueError(
+                    f"{name} must be a whole number, at least {2 if name == 'ways' else 1}; it is {value!r}"
+                )
 
     def check(self, classes: ImageClasses, where: str = "this set") -> None:
         """Raise `ValueError` if these classes cannot give such episodes: too few classes, or images in a class."""
@@ -88,9 +90,7 @@ class Episodes(eqx.Module):
             return classes.images[(classes.start[chosen][:, None] + index).reshape(-1)]
 
         labels = jnp.arange(self.ways, dtype=jnp.int32)
-        return Episode(
-            images(support), jnp.repeat(labels, self.shots), images(query), jnp.repeat(labels, self.queries)
-        )
+        return Episode(images(support), jnp.repeat(labels, self.shots), images(query), jnp.repeat(labels, self.queries))
 
     def sample_many(self, key: Key[Array, ""], classes: ImageClasses, count: int) -> Episode:
         """`count` episodes, stacked on a leading task axis."""

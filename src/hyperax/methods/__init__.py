@@ -7,4 +7,13 @@ from hyperax.methods.method import Method, Outcome
 from hyperax.methods.reverse import Reverse
 from hyperax.methods.truncated import Truncated
 
-__all__ = ["FirstOrder", "Forward", "HypergradientFunction", "Method", "Outcome", "Reverse", "Truncated", "hypergradient"]
+__all__ = [
+    "FirstOrder",
+    "Forward",
+    "HypergradientFunction",
+    "Method",
+    "Outcome",
+    "Reverse",
+    "Truncated",
+    "hypergradient",
+]

@@ -76,7 +76,11 @@ def hypergradient(problem: Problem, dynamics: Dynamics, method: Method) -> Hyper
     >>> print(f"{h.state.w:.3f} {h.value:.3f} {h.grad:.3f}")
     2.000 1.000 -2.667
     """
-    for name, noun, kind in (("problem", problem, Problem), ("dynamics", dynamics, Dynamics), ("method", method, Method)):
+    for name, noun, kind in (
+        ("problem", problem, Problem),
+        ("dynamics", dynamics, Dynamics),
+        ("method", method, Method),
+    ):
         if not isinstance(noun, kind):
             raise ValueError(
                 f"{name} must be a {kind.__name__}, not {type(noun).__name__}: hypergradient(problem, dynamics, method)"

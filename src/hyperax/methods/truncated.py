@@ -38,7 +38,9 @@ class Truncated(Method):
         check_steps(self.steps)
         check_steps(self.window, "window")
         if self.window > self.steps:
-            raise ValueError(f"window {self.window} is longer than the run of {self.steps} steps; use at most {self.steps}")
+            raise ValueError(
+                f"window {self.window} is longer than the run of {self.steps} steps; use at most {self.steps}"
+            )
 
     def value(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
         """f_T(lam), with the first T - K steps detached from lam."""

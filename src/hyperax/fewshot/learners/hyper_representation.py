@@ -108,7 +108,9 @@ class HyperRepresentation(eqx.Module):
 
     def _init(self, lam: Any, prepared: Prepared) -> Classifier:
         features = prepared.support
-        return Classifier(jnp.zeros((features.shape[1], self.ways), features.dtype), jnp.zeros(self.ways, features.dtype))
+        return Classifier(
+            jnp.zeros((features.shape[1], self.ways), features.dtype), jnp.zeros(self.ways, features.dtype)
+        )
 
     def _inner(self, w: Classifier, lam: Any, prepared: Prepared) -> Array:
         return _cross_entropy(w(prepared.support), prepared.support_labels)

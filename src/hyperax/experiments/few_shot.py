@@ -1,0 +1,282 @@
+"""The main job from end to end: learn a representation across tasks, choose T and the iterate on validation classes,
+measure on classes never seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hyperax.checkpoint import Checkpoint
+from hyperax.experiments import environment
+from hyperax.experiments.config import FewShotConfig
+from hyperax.experiments.report import write_report
+from hyperax.experiments.run_folder import RunFolder
+from hyperax.fewshot.datasets import ImageFolder
+from hyperax.fewshot.evaluation import (
+    accuracies_by_steps,
+    interval,
+    nearest_and_farthest,
+    nearest_neighbour_accuracies,
+)
+from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
+from hyperax.fewshot.learners.hyper_representation import HyperRepresentation
+from hyperax.fewshot.networks import C4L, Network, OmniglotNet, ResidualNet
+from hyperax.methods import Reverse
+from hyperax.minimize import Solution, minimize
+from hyperax.stopping import Validation
+from hyperax.tasks import mean_over_tasks
+
+MakeNetwork = Callable[[tuple[int, int, int], jax.Array], Network]
+"""(image shape, key) -> a representation."""
+
+_NETWORKS: dict[str, MakeNetwork] = {"omniglot": OmniglotNet, "c4l": C4L, "rn": ResidualNet}
+
+
+def run(
+    config: FewShotConfig,
+    out: str | Path,
+    *,
+    data_dir: str | None = None,
+    make_network: MakeNetwork | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Run a configuration in a new folder and return its summary.
+
+    Arguments:
+        config: a recipe, `hyperax.experiments.recipe(name, field=value)`, or your own.
+        out: a folder that is empty or does not exist.
+        data_dir: where the images are; else the environment variable HYPERAX_DATA.
+        make_network: (image shape, key) -> your own representation, in place of the recipe's; give it again to
+            `resume`.
+        optimizer: any optax transformation in place of Adam with the recipe's schedule; likewise.
+        progress: show a live bar.
+
+    Returns: what `summary.json` holds.
+    Raises: `ValueError` for data that cannot give the episodes, images too small for the network, a folder in use;
+    all before any training.
+    Cost: one forward and backward pass of the network over the images of `tasks` episodes a hyperiteration.
+    Reference: Franceschi et al. 2018, Sec. 4 and 5.2.
+    """
+    dataset = _load(config, data_dir)
+    learner, network = _build(config, dataset, make_network)
+    folder = RunFolder.create(out, config)
+    return _run(config, folder, dataset, learner, network, optimizer, resume="auto", progress=progress)
+
+
+def resume(
+    out: str | Path,
+    *,
+    data_dir: str | None = None,
+    checkpoint: str | None = None,
+    make_network: MakeNetwork | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Go on with the run in a folder, from its newest checkpoint or from the named one, and return its summary.
+
+    The result is the same, bit for bit, as that of a run that was never interrupted (on the same machine).
+
+    Raises: `ValueError` for a folder that holds no run, a damaged or foreign checkpoint (and names the good one before
+    it), and whatever `run` raises.
+    """
+    folder, config = RunFolder.open(out)
+    dataset = _load(config, data_dir)
+    learner, network = _build(config, dataset, make_network)
+    return _run(config, folder, dataset, learner, network, optimizer, resume=checkpoint or "auto", progress=progress)
+
+
+def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeNetwork | None = None) -> Any:
+    """The learner and the best lam of a finished run: `learner, lam = load("runs/omniglot", (28, 28, 1))`.
+
+    Raises: `ValueError` if the run has not finished.
+    """
+    folder, config = RunFolder.open(out)
+    if not folder.representation.exists():
+        raise ValueError(f"{folder.path} has no representation.eqx, so the run has not finished: `hyperax resume` it")
+    learner = _learner(config)
+    lam = learner.lam(_make(config, image_shape, make_network))
+    return learner, eqx.tree_deserialise_leaves(folder.representation, lam)
+
+
+def _run(
+    config: FewShotConfig,
+    folder: RunFolder,
+    dataset: MetaDataset,
+    learner: HyperRepresentation,
+    network: Network,
+    optimizer: optax.GradientTransformation | None,
+    *,
+    resume: str,
+    progress: bool,
+) -> dict[str, Any]:
+    begin = time.perf_counter()
+    # Now, because files may change while a long run is on.
+    where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
+    train, validation = (_on_device(part) for part in (dataset.train, dataset.validation))
+    keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_KEYS)}
+    episodes, most = config.episodes, config.most_inner_steps
+
+    def validate(lam: Any) -> tuple[float, dict[str, float]]:
+        found = accuracies_by_steps(
+            _for_test(learner, config), lam, episodes, validation, keys["validation"], config.validation_episodes, most
+        )
+        best = int(np.argmax(found.mean(0)))
+        at_best = interval(found[:, best])
+        more = {"step_size": float(lam["step_size"])} if config.learn_step_size else {}
+        scores = {"accuracy": at_best["accuracy"], "ci95": at_best["ci95"], "steps": best + 1} | more
+        return 1 - at_best["accuracy"], scores
+
+    parallel = config.parallel or (
+        1 if jax.default_backend() == "cpu" and config.statistics != "batch" else config.tasks
+    )
+    training = config.training_episodes
+    folder.begin_session()
+    solution = minimize(
+        mean_over_tasks(learner.hypergradient(Reverse(config.inner_steps)), parallel=parallel),
+        learner.lam(network),
+        data=train,
+        sample=lambda key, classes: training.sample_many(key, classes, config.tasks),
+        key=keys["training"],
+        optimizer=optimizer or config.optimizer(),
+        steps=config.hyperiterations,
+        constraint=learner.constraint(),
+        validation=Validation(validate, every=config.validate_every, patience=config.patience),
+        callbacks=folder.note,
+        checkpoint=Checkpoint(folder.checkpoints, every=config.checkpoint_every, identity={"config": config.to_json()}),
+        resume=resume,
+        dispatch=config.dispatch,
+        record_every=config.record_every,
+        progress=progress,
+    )
+    folder.write_records(solution.history)
+    eqx.tree_serialise_leaves(folder.representation, solution.lam)
+    pairs = nearest_and_farthest(solution.lam["network"], _on_device(dataset.test), keys["pairs"])
+    np.savez_compressed(folder.path / "pairs.npz", **pairs)  # pyright: ignore[reportArgumentType]
+    summary = _measure(config, dataset, learner, network, solution, keys, validation)
+    summary |= where
+    summary["timing"] = {
+        "seconds": round(folder.seconds(time.perf_counter() - begin), 1),
+        "hyperiterations_per_second": _rate(solution),
+    }
+    folder.write_json("summary.json", summary)
+    write_report(folder.path)
+    return summary
+
+
+_KEYS = ("initialisation", "training", "validation", "steps", "test", "pairs")
+
+
+def _measure(
+    config: FewShotConfig,
+    dataset: MetaDataset,
+    learner: HyperRepresentation,
+    network: Network,
+    solution: Solution,
+    keys: dict[str, jax.Array],
+    validation: ImageClasses,
+) -> dict[str, Any]:
+    """Choose T on validation classes, then measure once on the test classes, beside the baselines."""
+    test = _on_device(dataset.test)
+    tested, episodes, most = _for_test(learner, config), config.episodes, config.most_inner_steps
+
+    def chosen_steps(lam: Any) -> tuple[int, np.ndarray]:
+        # Fresh episodes: those of the training's validations have already chosen the iterate.
+        found = accuracies_by_steps(tested, lam, episodes, validation, keys["steps"], config.validation_episodes, most)
+        return int(np.argmax(found.mean(0))) + 1, found
+
+    def on_test(lam: Any, steps: int) -> dict[str, Any]:
+        found = accuracies_by_steps(tested, lam, episodes, test, keys["test"], config.test_episodes, steps)
+        return interval(found[:, -1]) | {"steps": steps}
+
+    steps, found = chosen_steps(solution.lam)
+    untrained = learner.lam(network)
+    nearest = nearest_neighbour_accuracies(episodes, test, keys["test"], config.test_episodes)
+    published = config.to_json()["published"]
+    summary = {
+        "recipe": config.recipe,
+        "title": config.title,
+        "test": on_test(solution.lam, steps),
+        "validation": interval(found[:, steps - 1]),
+        "steps_by_validation": [{"steps": t + 1, **interval(found[:, t])} for t in range(most)],
+        "steps_training": config.inner_steps,
+        "baselines": {
+            "nearest neighbour on pixels": interval(nearest),
+            "untrained network": on_test(untrained, chosen_steps(untrained)[0]),
+        },
+        "paper": published,
+        "protocol": {
+            "ways": config.ways,
+            "shots": config.shots,
+            "queries": config.queries,
+            "overlap": config.overlap,
+            "statistics": config.statistics,
+            "transductive": config.statistics != "support",
+            "training_ways": config.training_episodes.ways,
+            "training_queries": config.training_episodes.queries,
+            "data": dataset.provenance,
+        },
+        "best": solution.best,
+        "stopped": solution.stopped,
+        "hyperiterations": solution.steps,
+        "seed": config.seed,
+    }
+    if config.learn_step_size:
+        summary["step_size"] = float(solution.lam["step_size"])
+    return summary
+
+
+def _load(config: FewShotConfig, data_dir: str | None) -> MetaDataset:
+    dataset = config.dataset
+    if isinstance(dataset, ImageFolder) and dataset.path == "." and data_dir is not None:
+        dataset = ImageFolder(**{**vars(dataset), "path": data_dir})
+    loaded = dataset.load(data_dir)
+    config.training_episodes.check(loaded.train, "the training set")
+    config.episodes.check(loaded.validation, "the validation set")
+    config.episodes.check(loaded.test, "the test set")
+    return loaded
+
+
+def _build(
+    config: FewShotConfig, dataset: MetaDataset, make_network: MakeNetwork | None
+) -> tuple[HyperRepresentation, Network]:
+    return _learner(config), _make(config, dataset.train.image_shape, make_network)
+
+
+def _make(config: FewShotConfig, image_shape: tuple[int, int, int], make_network: MakeNetwork | None) -> Network:
+    name = config.network
+    if name == "auto":
+        name = "c4l" if min(image_shape[:2]) >= 64 else "omniglot"
+    key = jax.random.fold_in(jax.random.key(config.seed), _KEYS.index("initialisation"))
+    return (make_network or _NETWORKS[name])(image_shape, key)
+
+
+def _learner(config: FewShotConfig) -> HyperRepresentation:
+    return HyperRepresentation(
+        config.training_episodes.ways, config.statistics, config.step_size, config.learn_step_size
+    )
+
+
+def _for_test(learner: HyperRepresentation, config: FewShotConfig) -> HyperRepresentation:
+    """The same learner for episodes of as many classes as at meta-test."""
+    return HyperRepresentation(config.ways, learner.statistics, learner.step_size, learner.learn_step_size)
+
+
+def _on_device(classes: ImageClasses) -> ImageClasses:
+    return jax.tree.map(jnp.asarray, classes)
+
+
+def _rate(solution: Solution) -> float | None:
+    """Hyperiterations per second between the first dispatch, which compiles, and the last, validations included."""
+    if len(solution.timings) < 2:
+        return None
+    first, last = solution.timings[0], solution.timings[-1]
+    return round((last["step"] - first["step"]) / max(last["seconds"] - first["seconds"], 1e-9), 3)

@@ -1,0 +1,110 @@
+"""The files of a run: complete or absent, in step with the last checkpoint, readable by people."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperax.experiments.config import FewShotConfig, config_from_json
+from hyperax.stopping import Progress
+
+
+class RunFolder:
+    """A folder with `config.json`, `records.jsonl`, `timings.jsonl`, `checkpoints/`, and, at the end, `summary.json`.
+
+    Records follow the checkpoints: after a resume they are rewritten from the history that the checkpoint holds, so a
+    line that a kill cut in two, or that later steps would contradict, does not survive. Times depend on the machine
+    and go to a file of their own.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.representation = self.path / "representation.eqx"
+        self._records_written = -1
+        self._seconds_before = 0.0
+
+    @classmethod
+    def create(cls, path: str | Path, config: FewShotConfig) -> RunFolder:
+        """A new run in an empty or missing folder."""
+        folder = cls(path)
+        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise ValueError(
+                f"{folder.path} exists and is not empty: `hyperax resume {folder.path}` goes on with a run, "
+                "--out names another folder for a new one"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_json("config.json", config.to_json())
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[RunFolder, FewShotConfig]:
+        """An existing run and its configuration."""
+        folder = cls(path)
+        try:
+            config = json.loads((folder.path / "config.json").read_text())
+        except OSError:
+            raise ValueError(
+                f"{folder.path} is not a run folder (it has no readable config.json): name the folder that "
+                "`hyperax run` printed"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder.path / 'config.json'} is damaged ({error}): start the run again") from None
+        return folder, config_from_json(config)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a file by this value, in one move."""
+        self._replace(name, json.dumps(value, indent=1) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """The value of a file, `None` if there is no such file."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def begin_session(self) -> None:
+        """Note how many seconds earlier sessions of this run took."""
+        lines = self._lines("timings.jsonl")
+        ends = {line["session"]: line["seconds"] for line in lines}
+        self._session = max(ends, default=0) + 1
+        self._seconds_before = sum(ends.values())
+        self._replace("timings.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    def seconds(self, this_session: float) -> float:
+        """Seconds of all sessions."""
+        return self._seconds_before + this_session
+
+    def note(self, progress: Progress) -> None:
+        """A callback of `minimize`: append the new record and the time."""
+        self.write_records(progress.history)
+        entry = {"step": progress.step, "seconds": round(progress.seconds, 3), "session": self._session}
+        self._append("timings.jsonl", [entry])
+
+    def write_records(self, history: Sequence[dict[str, Any]]) -> None:
+        """Bring `records.jsonl` up to this history."""
+        if self._records_written < 0:
+            self._replace("records.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+        else:
+            self._append("records.jsonl", history[self._records_written :])
+        self._records_written = len(history)
+
+    def _append(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        with (self.path / name).open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        file = self.path / name
+        lines = []
+        for text in file.read_text().splitlines() if file.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break  # the line that a kill cut in two is the last
+        return lines
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.new"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)

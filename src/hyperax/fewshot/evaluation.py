@@ -1,0 +1,115 @@
+"""Accuracy on many episodes, with its interval, and the baselines every number stands beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from hyperax.fewshot.episodes import Episode, Episodes
+from hyperax.fewshot.image_classes import ImageClasses
+from hyperax.fewshot.layers import own_moments
+
+
+class Learner(Protocol):
+    """What evaluation needs of a few-shot learner."""
+
+    def accuracies(self, lam: Any, episode: Episode, steps: int) -> Array:
+        """Accuracy on the query set after t = 1, ..., `steps` inner steps."""
+        ...
+
+
+def accuracies_by_steps(
+    learner: Learner,
+    lam: Any,
+    episodes: Episodes,
+    classes: ImageClasses,
+    key: Key[Array, ""],
+    count: int,
+    steps: int,
+) -> np.ndarray:
+    """Query accuracy of `count` episodes after each number of inner steps: float [count, steps].
+
+    The episodes depend on the key alone, so learners evaluated with the same key see the same episodes. Episodes run
+    one after the other: on a CPU that keeps their activations in the cache, and memory does not grow with `count`.
+    """
+    keys = jax.random.split(key, count)
+    return np.asarray(_accuracies(learner, lam, episodes, classes, keys, steps))
+
+
+@eqx.filter_jit
+def _accuracies(
+    learner: Learner, lam: Any, episodes: Episodes, classes: ImageClasses, keys: Array, steps: int
+) -> Array:
+    return jax.lax.map(lambda key: learner.accuracies(lam, episodes.sample(key, classes), steps), keys)
+
+
+def nearest_neighbour_accuracies(
+    episodes: Episodes, classes: ImageClasses, key: Key[Array, ""], count: int
+) -> np.ndarray:
+    """Accuracy of one nearest neighbour on pixels (Euclidean distance) on the same episodes: float [count]."""
+    keys = jax.random.split(key, count)
+    return np.asarray(_over_episodes(_nearest_neighbour, episodes, classes, keys))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _over_episodes(
+    function: Callable[[Episode], Array], episodes: Episodes, classes: ImageClasses, keys: Array
+) -> Array:
+    return jax.lax.map(lambda key: function(episodes.sample(key, classes)), keys)
+
+
+def _nearest_neighbour(episode: Episode) -> Array:
+    flat = lambda images: images.reshape(images.shape[0], -1).astype(jnp.float32)
+    nearest = jnp.argmin(_squared_distances(flat(episode.query), flat(episode.support)), axis=1)
+    return jnp.mean(episode.support_labels[nearest] == episode.query_labels)
+
+
+def _squared_distances(a: Array, b: Array) -> Array:
+    """[n, d], [m, d] -> [n, m]."""
+    return jnp.sum(a**2, 1)[:, None] - 2 * a @ b.T + jnp.sum(b**2, 1)[None]
+
+
+def interval(accuracies: np.ndarray) -> dict[str, Any]:
+    """Mean accuracy over episodes and the half-width of its 95 % interval, 1.96 s / sqrt(n), as fractions."""
+    count = len(accuracies)
+    spread = float(np.std(accuracies, ddof=1)) if count > 1 else float("nan")
+    return {"accuracy": float(np.mean(accuracies)), "ci95": 1.96 * spread / count**0.5, "episodes": count}
+
+
+def nearest_and_farthest(
+    network: Any, classes: ImageClasses, key: Key[Array, ""], most: int = 60, components: int = 40
+) -> dict[str, np.ndarray]:
+    """The pair of images of two classes nearest to each other in the representation, and the farthest (ICML, Fig. 5).
+
+    Arguments:
+        network: the representation; batch normalisation takes the statistics of each class's images on their own.
+        classes: two of them are drawn by the key.
+        most: at most so many images of a class are compared.
+        components: how many components of the representation are drawn, for a figure.
+
+    Returns: arrays `near_images` [2, H, W, C], `near_features` [2, F], `near_distance`, `far_...`, `names` [2],
+    `component_index`.
+    """
+    for_pair, for_components = jax.random.split(key)
+    pair = np.asarray(jax.random.choice(for_pair, classes.num_classes, (2,), replace=False))
+    encode = eqx.filter_jit(lambda network, images: network(images.astype(jnp.float32) / 255, own_moments))
+    sets = [np.asarray(classes.images[int(classes.start[c]) :][: min(int(classes.count[c]), most)]) for c in pair]
+    features = [np.asarray(encode(network, jnp.asarray(images))) for images in sets]
+    distances = np.linalg.norm(features[0][:, None] - features[1][None], axis=-1)
+    result: dict[str, np.ndarray] = {"names": np.asarray([classes.names[c] for c in pair])}
+    for name, at in (("near", distances.argmin()), ("far", distances.argmax())):
+        chosen = np.unravel_index(at, distances.shape)
+        result[f"{name}_images"] = np.stack([images[i] for images, i in zip(sets, chosen, strict=True)])
+        result[f"{name}_features"] = np.stack([f[i] for f, i in zip(features, chosen, strict=True)])
+        result[f"{name}_distance"] = distances[chosen]
+    size = features[0].shape[1]
+    index = jax.random.choice(for_components, size, (min(components, size),), replace=False)
+    result["component_index"] = np.sort(np.asarray(index))
+    return result
