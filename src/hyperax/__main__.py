@@ -1,0 +1,7 @@
+"""`python -m hyperax` is the command `hyperax`."""
+
+import sys
+
+from hyperax.cli import main
+
+sys.exit(main())
