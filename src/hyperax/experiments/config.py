@@ -65,7 +65,7 @@ class FewShotConfig:
 
     inner_steps: int = 5
     """T in meta-training."""
-    most_inner_steps: int = 20
+    most_inner_steps: int = 30
     """The largest T that is tried on the validation classes."""
     step_size: float = 0.1
     """Inner step size eta, or its initial value."""

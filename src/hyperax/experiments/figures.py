@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _RED, _GREEN, _GREY, _INK = "#0072b2", "#d55e00", "#009e73", "#8a8f98", "#24292f"  # Okabe and Ito, and greys
-_WIDTH, _DOTS_PER_INCH = 7.0, 160  # text stays legible when a page shrinks a figure to 700 pixels
+_WIDTH, _DOTS_PER_INCH = 7.0, 140  # text stays legible when a page shrinks a figure to 700 pixels
 
 
 def smoothing_window(count: int) -> int:
@@ -35,12 +35,12 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
         records: {"step", "value", "metrics", maybe "score" and "validation"}, by step, at least one.
 
     Thin lines are the records, thick ones their centred mean over `smoothing_window`. f_T is on a logarithmic axis if
-    it is positive, accuracy on one logarithmic in the error 1 - accuracy if it passes 90 %.
+    it falls fivefold, accuracy on one logarithmic in the error 1 - accuracy if it passes 90 %.
     Reference: Franceschi et al. 2018, eq. 9 (f_T of a meta-learning problem).
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
-    step_sizes = _series(records, lambda record: record["metrics"]["step_size"])
+    step_sizes = _series(records, lambda record: {**record.get("validation", {}), **record["metrics"]}["step_size"])
     accuracies = _series(records, lambda record: 100 * record["metrics"]["accuracy"])
     validations = _series(records, lambda record: 100 * record["validation"]["accuracy"])
     intervals = _series(records, lambda record: 100 * (record["validation"].get("ci95") or 0.0))[1]
@@ -50,7 +50,7 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
 
     values = _series(records, lambda record: record["value"])
     _curve(panels[0], *values, _BLUE, "training episodes")
-    if values[1].size and values[1].min() > 0:
+    if values[1].size and 0 < 5 * values[1].min() < values[1].max():
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panels[0].yaxis.set_major_formatter("{x:g}")
@@ -71,7 +71,7 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
         panels[1].plot(best["step"], top, "D", color=_INK, markersize=5.5, markerfacecolor="white", label=label)
     _accuracy_axis(panels[1], np.concatenate([accuracies[1], validations[1]]))
     _style(panels[1], ylabel="accuracy (%)")
-    panels[1].legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white")
+    _legend(panels[1], "lower right")
     if len(heights) == 3:
         _curve(panels[2], *step_sizes, _GREEN, "")
         _style(panels[2], ylabel=r"step size $\eta$")
@@ -109,8 +109,7 @@ def validation_of_steps(entries: list[dict[str, Any]], chosen: int | None, train
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     _style(axes, ylabel="validation accuracy (%)", xlabel="inner steps $T$")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white")
+    _legend(axes, "best")
     return figure
 
 
@@ -232,6 +231,11 @@ def _style(axes: Axes, xlabel: str = "", ylabel: str = "", grid: Any = "y") -> N
     axes.set_axisbelow(True)
     axes.set_xlabel(xlabel, color=_INK)
     axes.set_ylabel(ylabel, color=_INK)
+
+
+def _legend(axes: Axes, place: Literal["best", "lower right"]) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc=place, fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white", labelcolor=_INK)
 
 
 def _series(records: list[dict[str, Any]], read: Callable[[dict[str, Any]], float]) -> tuple[np.ndarray, np.ndarray]:

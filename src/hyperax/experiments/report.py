@@ -23,10 +23,11 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin-bottom: .3rem; } h2 { font-siz
 .note { background: var(--note); border-radius: 6px; padding: .5rem .8rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.numeric { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.numeric, th.numeric { text-align: right; } td.numeric { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.settings td:first-child { width: 38%; }
 .settings td { font-family: ui-monospace, monospace; font-size: .82rem; overflow-wrap: anywhere; }
 figure { margin: 1.2rem 0 1.8rem; } img { width: 100%; height: auto; background: white; border-radius: 6px; }
-pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .7rem; }
+pre { white-space: pre-wrap; border: 1px solid var(--line); border-radius: 6px; padding: .7rem; }
 summary { cursor: pointer; }
 """
 
@@ -43,7 +44,8 @@ _CAPTIONS = {  # figure: (alternative text, caption)
         "<strong>Training.</strong> Above: the outer objective f<sub>T</sub>(λ), averaged over the episodes of a "
         "mini-batch (ICML 2018, eq. 9). Below: accuracy on the query images of training episodes, and on episodes of "
         "validation classes with its 95 % interval. The dashed line marks the iterate that validated best, the one "
-        "that is tested. {smoothing} If accuracy passes 90 %, its axis is logarithmic in the error.",
+        "that is tested. {notes}If accuracy passes 90 %, its axis is logarithmic in the "
+        "error. A learned inner step size η is drawn at the bottom.",
     ),
     "comparison": (
         "Bars of accuracy on unseen classes",
@@ -197,17 +199,19 @@ def write_report(folder: str | Path) -> Path:
     name = run.folder.resolve().name
     recipe = (run.summary or run.config).get("recipe") or run.config.get("name")
     title = escape(str((run.summary or run.config).get("title") or recipe or name))
-    window = smoothing_window(len(run.records))
-    smoothing = f"Thin blue lines are records, thick ones their centred mean over {window}." if window > 1 else ""
-    figures = [_figure(path, smoothing) for path in save_figures(folder)]
+    window, train_ways = smoothing_window(len(run.records)), run.config.get("train_ways")
+    notes = f"Thin blue lines are records, thick ones their centred mean over {window}. " if window > 1 else ""
+    if train_ways not in (None, run.config.get("ways")):
+        notes += f"Training episodes are {escape(str(train_ways))}-way, those of validation not. "
+    figures = [_figure(path, notes) for path in save_figures(folder)]
     if not run.records:
         figures.append("<p class=soft>No curves: no hyperiteration has been recorded.</p>")
     if run.summary and not run.pairs:
         figures.append("<p class=soft>No pair of images: this run kept none (pairs.npz).</p>")
     seed = (run.summary or run.config).get("seed")
     again = f"hyperax run {shlex.quote(str(recipe or 'RECIPE'))}" + ("" if seed is None else f" --seed {seed}")
-    data = _flat(((run.summary or {}).get("protocol") or {}).get("data") or {})
-    data = f"<details><summary>Data</summary>{_settings(data)}</details>" if data else ""
+    data = ((run.summary or {}).get("protocol") or {}).get("data")
+    data = f"<details><summary>Data</summary>{_settings(_flat(data))}</details>\n" if data else ""
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{_STYLE}</style></head><body>
@@ -216,9 +220,10 @@ def write_report(folder: str | Path) -> Path:
 <h2>Figures</h2>
 {"".join(figures)}
 <h2>Reproduce</h2>
-<pre>{escape(again)}   # train, validate, test
-hyperax report {escape(shlex.quote(name))}   # this page again, from the folder of the run</pre>
-<p class=soft>Each field of the configuration below is an option of the first command; the recipe sets the others.</p>
+<pre>{escape(again)}
+hyperax report {escape(shlex.quote(name))}</pre>
+<p class=soft>The first command runs the recipe; where the configuration below differs from the recipe's, add its fields
+as options. The second, given the folder of the run, writes this page again.</p>
 <details><summary>Environment</summary>{_settings(_environment(run))}</details>
 {data}<details><summary>Configuration</summary>{_settings(_flat(run.config))}</details>
 </body></html>
@@ -228,12 +233,12 @@ hyperax report {escape(shlex.quote(name))}   # this page again, from the folder 
     return report
 
 
-def _figure(path: Path, smoothing: str) -> str:
+def _figure(path: Path, notes: str) -> str:
     image = base64.b64encode(path.read_bytes()).decode()
     alternative, caption = _CAPTIONS[path.stem]
     return (
         f'<figure><img alt="{alternative}" src="data:image/png;base64,{image}">'
-        f"<figcaption>{caption.format(smoothing=smoothing)}</figcaption></figure>\n"
+        f"<figcaption>{caption.format(notes=notes)}</figcaption></figure>\n"
     )
 
 
@@ -253,7 +258,7 @@ def _result(summary: dict[str, Any]) -> str:
 <p>accuracy on classes never seen in training: {escape(task)}{episodes}{interval}{steps}.</p>
 <ul>{"".join(f"<li>{line}</li>" for line in [*_protocol(protocol), _training(summary)])}</ul>
 <div class=scroll><table>
-<tr><th>unseen classes</th><th class=numeric>accuracy, %</th><th class=numeric>this run is ahead by, points</th></tr>
+<tr><th>unseen classes</th><th class=numeric>accuracy, %</th><th class=numeric>lead of this run, points</th></tr>
 {"".join(rows)}</table></div>
 {_against_paper(summary)}"""
 
@@ -297,15 +302,14 @@ def _protocol(protocol: dict[str, Any]) -> list[str]:
     data = {**(protocol.get("data") or {}), **{key: protocol[key] for key in ("split", "resize") if protocol.get(key)}}
     named = {"dataset": "", "classes": "classes: ", "image_shape": "image: ", "split": "split: ", "resize": "resize: "}
     known = [text + escape(_word(data[key])) for key, text in named.items() if data.get(key)]
-    return words + ([f"Data: {'; '.join(known)}."] if known else [])
+    return words + ([f"Data: {'; '.join(known).rstrip('.')}."] if known else [])
 
 
 def _training(summary: dict[str, Any]) -> str:
-    best, hyperiterations = summary.get("best") or {}, summary.get("hyperiterations")
-    parts = [f"{hyperiterations:,} hyperiterations"] if hyperiterations is not None else []
-    parts += [f"ended because: {escape(str(summary['stopped']))}"] if summary.get("stopped") else []
-    parts += [f"tested iterate: the best in validation, at {best['step']:,}"] if "step" in best else []
-    return f"Training: {'; '.join(parts) or 'not recorded'}."
+    ended = str(summary.get("stopped") or f"{summary.get('hyperiterations', 'unknown number of')} hyperiterations")
+    best = summary.get("best") or {}
+    tested = f" Tested: the iterate that validated best, at hyperiteration {best['step']:,}." if "step" in best else ""
+    return f"Training: {escape(ended.rstrip('.'))}.{tested}"
 
 
 def _word(value: Any) -> str:
