@@ -25,18 +25,19 @@ from problems import (
 
 import hyperax as hx
 
-# A method as a function of T: segments of T = 6 and chunks of m = 19 that divide, that do not, and the extremes.
+# A method as a function of T. Segments of T = 6 and chunks of m = 19 that leave a rest come with every dynamics, ...
 EXACT = {
     "Reverse": lambda steps: hx.Reverse(steps),
-    "Reverse(segment divides)": lambda steps: hx.Reverse(steps, segment=3),
     "Reverse(segment leaves a rest)": lambda steps: hx.Reverse(steps, segment=4),
     "Truncated(window T)": lambda steps: hx.Truncated(steps, window=steps),
-    "Forward": lambda steps: hx.Forward(steps),
     "Forward(chunk leaves a rest)": lambda steps: hx.Forward(steps, chunk=4),
 }
+# ... the other ways to cut T or m with one of them.
 EXTREME = {
     "Reverse(segment 1)": lambda steps: hx.Reverse(steps, segment=1),
+    "Reverse(segment divides)": lambda steps: hx.Reverse(steps, segment=3),
     "Reverse(segment over T)": lambda steps: hx.Reverse(steps, segment=steps + 5),
+    "Forward": lambda steps: hx.Forward(steps),
     "Forward(chunk 1)": lambda steps: hx.Forward(steps, chunk=1),
     "Forward(chunk over m)": lambda steps: hx.Forward(steps, chunk=100),
 }
@@ -65,7 +66,9 @@ def test_every_method_with_every_dynamics(name, dynamics):
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("name", ["Reverse(segment leaves a rest)", "Truncated(window T)", "Forward"])
+@pytest.mark.parametrize(
+    "name", ["Reverse(segment leaves a rest)", "Truncated(window T)", "Forward(chunk leaves a rest)"]
+)
 def test_each_entry_of_lam_alone(name, entry):
     problem, phi, lam = case(entry, "HeavyBall", False)
     h = hx.hypergradient(problem, phi, EXACT[name](STEPS))(lam, regression_data())
@@ -75,7 +78,7 @@ def test_each_entry_of_lam_alone(name, entry):
 
 @pytest.mark.parametrize(
     ("name", "parallel"),
-    [("Reverse", None), ("Reverse", 1), ("Reverse(segment divides)", 2), ("Truncated(window T)", 2), ("Forward", 2)],
+    [("Reverse", None), ("Reverse", 1), ("Reverse(segment leaves a rest)", 2), ("Forward(chunk leaves a rest)", 2)],
 )
 def test_the_mean_over_tasks(name, parallel):
     problem, phi, lam = case("all", "GradientDescent", True)
@@ -107,7 +110,7 @@ def test_printed_values_of_heavy_ball(name):
     h = hx.hypergradient(problem, dynamics, EXACT[name](10))(lam)
     printed = {"weights": [-0.018393531, 0.055180617, 0.0036787055], "step": 0.5387225, "momentum": -0.076542258}
     for entry, value in printed.items():
-        np.testing.assert_allclose(h.grad[entry], value, rtol=2e-7)
+        np.testing.assert_allclose(h.grad[entry], value, rtol=1e-6)  # printed by a float32 program
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -219,7 +222,9 @@ def test_first_order_is_first_order_maml_for_an_initialisation():
     np.testing.assert_allclose(exact.grad, 2 * (last - target) * power, rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", [hx.Reverse(0), hx.Reverse(0, segment=2), hx.Truncated(0, 0), hx.Forward(0)], ids=str)
+@pytest.mark.parametrize(
+    "method", [hx.Reverse(0), hx.Reverse(0, segment=2), hx.Truncated(0, 0), hx.Forward(0)], ids=str
+)
 def test_no_steps_leave_the_initial_point(method):
     problem, phi, lam = case("init", "HeavyBall", False)
     h = hx.hypergradient(problem, phi, method)(lam, regression_data())

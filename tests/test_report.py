@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hyperax.experiments import figures, report
+from hyperax.experiments import figures, reading, report
 
 CONFIG = {
     "recipe": "omniglot-5way-1shot",
@@ -229,7 +229,7 @@ def test_unfinished_run_is_reported_by_its_curves(tmp_path):
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"step": 1550, "val')  # cut short
     page = Page(report.write_report(folder))
-    best = report.best_record(records)
+    best = reading.best_record(records)
     assert "This run has not ended" in page.text
     assert "Its last record is of hyperiteration 1,500." in page.text
     assert f"{100 * best['validation']['accuracy']:.2f} ± 0.40 % at hyperiteration 1,000" in page.text
@@ -274,7 +274,7 @@ def test_sessions_add_up_and_repeated_steps_are_read_once(tmp_path):
     folder = write_run(tmp_path, [*records, records[2] | {"value": 9.0}])
     timings = [{"step": k, "seconds": s, "session": i} for k, s, i in ((50, 3.0, 1), (100, 7.0, 1), (150, 20.5, 2))]
     (folder / "timings.jsonl").write_text("".join(json.dumps(timing) + "\n" for timing in timings))
-    assert [(record["step"], record["value"] == 9.0) for record in report.read_run(folder).records][2:] == [
+    assert [(record["step"], record["value"] == 9.0) for record in reading.read_run(folder).records][2:] == [
         (150, True),
         (200, False),
     ]
@@ -298,13 +298,13 @@ def test_sessions_add_up_and_repeated_steps_are_read_once(tmp_path):
 )
 def test_damage_is_named(tmp_path, name, content, message):
     folder = write_run(tmp_path, make_records(2), make_summary(), make_pairs())
-    report.check_run_folder(folder)
+    reading.check_run_folder(folder)
     if content is None:
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        report.check_run_folder(folder)
+        reading.check_run_folder(folder)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=re.escape(message)):
         figures.save_figures(folder)
@@ -358,7 +358,7 @@ def test_steps_and_comparison_show_the_numbers():
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [100 * entry["accuracy"] for entry in entries])
     labels = axes.get_legend_handles_labels()[1]
     assert labels == ["T in training: 5", f"chosen T = 7: {100 * entries[6]['accuracy']:.4g} %"]
-    axes = figures.comparison(report.compared(make_summary()), chance=0.2).axes[0]
+    axes = figures.comparison(reading.compared(make_summary()), chance=0.2).axes[0]
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [98.123, 45.12, 70.34, 98.6])
     assert [text.get_text() for text in axes.texts] == ["98.12 ± 0.42", "45.12 ± 0.91", "70.34 ± 0.83", "98.6"]
     assert [bool(bar.get_hatch()) for bar in axes.patches] == [False, False, False, True]

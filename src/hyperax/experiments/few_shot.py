@@ -1,5 +1,6 @@
 """The main job from end to end: learn a representation across tasks, choose T and the iterate on validation classes,
-measure on classes never seen."""
+measure on classes never seen.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hyperax.experiments.report import Run, best_record, compared, read_run
+from hyperax.experiments.reading import Run, best_record, compared, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
