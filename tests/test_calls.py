@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import assert_trees_close, differences
 
 import hyperax as hx
+from problems import assert_trees_close, differences
 
 
 def simple_problem(calls=None):

@@ -28,7 +28,7 @@ def check_lam(lam: Lam) -> None:
     floats = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(lam):
         if isinstance(leaf, bool | int | complex) or (eqx.is_array_like(leaf) and not _is_float(leaf)):
-            kind = leaf.dtype if hasattr(leaf, "dtype") else type(leaf).__name__
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(
                 f"{leaf_name('lam', path)} has type {kind}; only floating-point numbers have a hypergradient: convert "
                 "it to float, or move it into data if it is not to be optimised"
@@ -48,6 +48,12 @@ def check_problem(problem: Problem, lam: Lam, data: Data) -> None:
     def shapes(lam: Lam, data: Data) -> tuple[Any, Any]:
         prepared = problem.prepare(lam, data)
         w = problem.init(lam, prepared)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(w):
+            if not _is_float(leaf):
+                raise ValueError(
+                    f"{leaf_name('w', path)} is {jnp.result_type(leaf)}; inner variables are floating-point numbers: "
+                    "let Phi_0 convert it, or move it into data"
+                )
         return problem.objective(prepared, jnp.asarray(1))(w, lam), problem.outer(w, lam, prepared)
 
     inner, outer = eqx.filter_eval_shape(shapes, lam, data)
@@ -102,6 +108,8 @@ def _through(equation: Any, arguments: list[set[int]]) -> list[set[int]]:
     if name == "scan":
         constants, carried = parameters["num_consts"], parameters["num_carry"]
         body = parameters["jaxpr"].jaxpr
+        if parameters["length"] == 0:  # no step: what is carried comes out as it went in
+            return [*arguments[constants : constants + carried], *(set() for _ in equation.outvars[carried:])]
         while True:  # labels only grow, so this ends
             outputs = _reaching(body, arguments)
             grown = [a | b for a, b in zip(arguments[constants : constants + carried], outputs[:carried], strict=True)]

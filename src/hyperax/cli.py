@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -52,34 +54,45 @@ class Download:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 for a run that diverged, 2 for wrong input, 130 if interrupted."""
+    """Run one command and return its exit status: 0; 1: the run diverged; 2: wrong input; 130: interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"list": _list, "run": _run, "resume": _resume, "report": _report, "data": _data}
-    if not words or words[0] in ("-h", "--help", "help"):
+    asked = ("-h", "--help", "help")
+    if not words or words[0] in asked or (words[0] in commands and words[1:2] and words[1] in asked):
         print(_USAGE, end="")
         return 0
     if words[0] not in commands:
         return _refuse(f"there is no command {words[0]!r}: use {', '.join(commands)}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or file without ± or … shows ? in its place
     try:
         return commands[words[0]](words[1:])
     except ValueError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
         return _refuse(f"{error.name} is not installed: pip install 'hyperax[run]'")
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _refuse(str(error))
 
 
 def _refuse(message: str) -> int:
-    print(f"hyperax: {message}", file=sys.stderr)
+    print(f"hyperax: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _list(words: list[str]) -> int:
     from hyperax.experiments import recipes
 
+    if words:
+        raise ValueError(f"hyperax list takes nothing else, not {' '.join(words)}")
     for name, config in recipes().items():
         published = config.published
         number = f"   {100 * published.accuracy:.2f} % in {published.source}" if published else ""
-        print(f"{name:24} {config.title}{number}")
+        print(f"{name:27} {config.title}{number}")
     return 0
 
 
@@ -105,17 +118,19 @@ def _resume(words: list[str]) -> int:
 
 def _finish(out: str, work: Any) -> int:
     import warnings
+    from pathlib import Path
 
     from hyperax.experiments.report import format_table
     from hyperax.stopping import DivergenceWarning
 
-    print(f"run folder: {out}", flush=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DivergenceWarning)  # said below, in the summary's words
             summary = work()
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: hyperax resume {out}", file=sys.stderr)
+        begun = (Path(out) / "config.json").exists()
+        what = f"interrupted; go on with: hyperax resume {out}" if begun else "interrupted before the run began"
+        print(f"\nhyperax: {what}", file=sys.stderr)
         return 130
     print(format_table(summary, f"{out}/report.html"))
     if summary["stopped"].startswith("diverged"):

@@ -84,7 +84,14 @@ class HostLoop:
                 record = self.history[-1]
                 score = record.get("score") if record["step"] == self.step else None
                 last = self.stopped is not None
-                display.update(self.step, value=record["value"], score=score, seconds=self._seconds(), last=last)
+                display.update(
+                    self.step,
+                    value=record["value"],
+                    score=score,
+                    seconds=self._seconds(),
+                    last=last,
+                    validation=record.get("validation"),
+                )
         return self.stopped
 
     def _next_boundary(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -37,7 +38,7 @@ class ProgressDisplay:
         self.steps = steps
         self.begin = step
         self.file = sys.stderr if file is None else file
-        self._score: float | None = None
+        self._score: str | None = None
         self._last_line = time.monotonic()
         self._bar: Any = None
         if self.file.isatty():
@@ -52,9 +53,23 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, step: int, *, value: float, score: float | None, seconds: float, last: bool = False) -> None:
-        """Show the state after `step` hyperiterations, `seconds` after the start; `score` only when it is new."""
-        self._score = self._score if score is None else score
+    def update(
+        self,
+        step: int,
+        *,
+        value: float,
+        score: float | None,
+        seconds: float,
+        last: bool = False,
+        validation: Mapping[str, float] | None = None,
+    ) -> None:
+        """Show the state after `step` hyperiterations, `seconds` after the start.
+
+        `score` and what else the `validation` found are given only when they are new.
+        """
+        if score is not None:
+            more = ", ".join(f"{name} {number:.4g}" for name, number in (validation or {}).items())
+            self._score = f"{score:.6g}" + (f" ({more})" if more else "")
         text = self._text(step, value, seconds)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
@@ -66,7 +81,7 @@ class ProgressDisplay:
         rate = (step - self.begin) / max(seconds, 1e-9)
         parts = [f"{rate:.3g} it/s", f"f_T {value:.6g}"]
         if self._score is not None:
-            parts.append(f"validation {self._score:.6g}")
+            parts.append(f"validation {self._score}")
         if rate > 0:
             parts.append(f"{_duration((self.steps - step) / rate)} left")
         return " | ".join(parts)

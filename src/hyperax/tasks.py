@@ -13,6 +13,7 @@ from hyperax.checks import leaf_name
 from hyperax.methods.hypergradient import HypergradientFunction, call
 from hyperax.methods.method import Outcome
 from hyperax.problem import Data, Hypergradient, Lam, Scalar
+from hyperax.rollout import check_steps
 
 TASKS = "tasks"
 """The name of the mapped axis: `jax.lax.pmean(x, TASKS)` inside `prepare` or E is a mean over the tasks in parallel."""
@@ -144,8 +145,8 @@ def mean_over_tasks(
     """
     if not isinstance(hypergradient, HypergradientFunction):
         raise ValueError(f"mean_over_tasks needs what hypergradient(...) returns, not {type(hypergradient).__name__}")
-    if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
-        raise ValueError(f"parallel must be a whole number, at least 1; it is {parallel!r}")
+    if parallel is not None:
+        check_steps(parallel, "parallel", 1)
     if mesh is not None and (len(mesh.axis_names) != 1 or TASKS in mesh.axis_names):
         raise ValueError(f"the mesh must have one axis, not named {TASKS!r}; it has {mesh.axis_names}")
     return MeanOverTasks(hypergradient, parallel, mesh)

@@ -24,7 +24,7 @@ Setting: TypeAlias = float | PyTree | Callable[[Lam], Any] | Callable[[Lam, Step
 
 
 class State(NamedTuple):
-    """What the next step needs: the inner variables and the auxiliary ones (s = (w, v) in the Bridge paper, eq. 1.4)."""
+    """What the next step needs: the inner variables and the auxiliary ones: s = (w, v) in the Bridge paper, eq. 1.4."""
 
     w: W
     auxiliary: Any = ()
@@ -66,7 +66,8 @@ def evaluate_setting(setting: Setting, lam: Lam, t: Step) -> PyTree:
     """The value of a setting at (lam, t)."""
     if not callable(setting):
         return setting
-    return setting(lam) if _arity(setting) == 1 else setting(lam, t)
+    function: Callable[..., Any] = setting
+    return function(lam) if _arity(function) == 1 else function(lam, t)
 
 
 def _arity(function: Callable) -> int:
@@ -76,13 +77,20 @@ def _arity(function: Callable) -> int:
 
 
 def scale(name: str, rate: PyTree, tree: W) -> W:
-    """rate * tree, where the rate is one number for all or a pytree like w with one rate (or array of rates) a leaf."""
-    if jax.tree.structure(rate) == jax.tree.structure(tree):
+    """The tree times a rate: one number for all, or a pytree like w with one rate (or array of rates) a leaf."""
+    shapes = lambda tree: [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    alike = jax.tree.structure(rate) == jax.tree.structure(tree)
+    if alike and all(_fits(r, leaf) for r, leaf in zip(shapes(rate), shapes(tree), strict=True)):
         return jax.tree.map(lambda r, leaf: jnp.asarray(r * leaf, leaf.dtype), rate, tree)
     if jax.tree.structure(rate) != jax.tree.structure(0.0) or jnp.ndim(rate) != 0:
         raise ValueError(
             f"{name} must be a number or a pytree like w; it is {jax.tree.structure(rate)} of shapes "
-            f"{[jnp.shape(r) for r in jax.tree.leaves(rate)]}, and w is {jax.tree.structure(tree)}"
+            f"{shapes(rate)}, and w is {jax.tree.structure(tree)} of shapes {shapes(tree)}"
         )
     # A float64 rate must not promote a float32 w: w keeps its type from step to step.
     return jax.tree.map(lambda leaf: jnp.asarray(rate, leaf.dtype) * leaf, tree)
+
+
+def _fits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be multiplied into an array of the other without changing its shape."""
+    return len(shape) <= len(into) and all(a in (1, b) for a, b in zip(shape[::-1], into[::-1], strict=False))

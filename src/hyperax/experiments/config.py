@@ -11,10 +11,16 @@ import optax
 from hyperax.fewshot.datasets import Glyphs, ImageFolder, MiniImageNet, Omniglot
 from hyperax.fewshot.episodes import Episodes
 from hyperax.fewshot.layers import Statistics
+from hyperax.fewshot.learners.hyper_representation import HyperRepresentation
 
 Dataset = Omniglot | MiniImageNet | ImageFolder | Glyphs
 
 _DATASETS = {kind.__name__: kind for kind in (Omniglot, MiniImageNet, ImageFolder, Glyphs)}
+
+# Two episodes at least, because an interval needs two.
+_LEAST = {"validation_episodes": 2, "test_episodes": 2}
+_LEAST |= dict.fromkeys(("inner_steps", "most_inner_steps", "tasks", "hyperiterations", "dispatch"), 1)
+_LEAST |= dict.fromkeys(("validate_every", "record_every", "checkpoint_every"), 1)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class FewShotConfig:
     """The representation; auto: c4l for images of 64 pixels or more, else the Omniglot network."""
     statistics: Statistics = "set"
     """Whose statistics batch normalisation uses: each set's own (as in the papers), the support set's, those of the
-    episode, or those of the whole mini-batch of episodes."""
+    episode, or those of the whole mini-batch of episodes (of the episode at meta-validation and meta-test, where it
+    comes alone)."""
 
     ways: int = 5
     """Classes of an episode, at meta-validation and meta-test."""
@@ -103,18 +110,18 @@ class FewShotConfig:
     """Of the initial weights and all episodes."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "inner_steps",
-            "most_inner_steps",
-            "tasks",
-            "hyperiterations",
-            "validation_episodes",
-            "test_episodes",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.learning_rate > 0 or not self.step_size > 0 or self.decay < 0:
-            raise ValueError("learning_rate and step_size must be positive, decay at least 0")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1, or None never to stop early")
+        for name in ("learning_rate", "step_size"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+        if not 0 <= self.decay < float("inf"):
+            raise ValueError(f"decay is {self.decay}; it must be at least 0")
+        if self.train_ways == 0 or self.train_queries == 0:
+            raise ValueError("train_ways and train_queries are at least 2 and 1, or None: as many as at meta-test")
         if self.parallel is not None and (self.parallel < 1 or self.tasks % self.parallel):
             raise ValueError(f"parallel is {self.parallel}; it must divide the {self.tasks} tasks of a hyperiteration")
         if self.statistics == "batch" and self.parallel not in (None, self.tasks):
@@ -132,6 +139,19 @@ class FewShotConfig:
     def training_episodes(self) -> Episodes:
         """Meta-training episodes."""
         return Episodes(self.train_ways or self.ways, self.shots, self.train_queries or self.queries, self.overlap)
+
+    @property
+    def training_learner(self) -> HyperRepresentation:
+        """The learner of meta-training episodes."""
+        ways = self.training_episodes.ways
+        return HyperRepresentation(ways, self.statistics, self.step_size, self.learn_step_size)
+
+    @property
+    def test_learner(self) -> HyperRepresentation:
+        """The same learner for meta-validation and meta-test episodes, each on its own."""
+        # A new task comes alone: of the statistics of a mini-batch of episodes, those of its own episode are left.
+        statistics = "episode" if self.statistics == "batch" else self.statistics
+        return dataclasses.replace(self.training_learner, ways=self.ways, statistics=statistics)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with the schedule."""
@@ -153,7 +173,7 @@ def config_from_json(config: dict[str, Any]) -> FewShotConfig:
     try:
         dataset = dict(config["dataset"])
         kind = _DATASETS[dataset.pop("type")]
-        as_tuples = {name: tuple(x) if isinstance(x, list) else x for name, x in dataset.items()}
+        as_tuples: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in dataset.items()}
         published = config["published"] and Published(**config["published"])
         return FewShotConfig(**config | {"dataset": kind(**as_tuples), "published": published})
     except (KeyError, TypeError) as error:

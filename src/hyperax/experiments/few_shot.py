@@ -4,6 +4,7 @@ measure on classes never seen.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from hyperax.fewshot.evaluation import (
     nearest_neighbour_accuracies,
 )
 from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
-from hyperax.fewshot.learners.hyper_representation import HyperRepresentation
+from hyperax.fewshot.layers import own_moments
 from hyperax.fewshot.networks import C4L, Network, OmniglotNet, ResidualNet
 from hyperax.methods import Reverse
 from hyperax.minimize import Solution, minimize
@@ -38,6 +39,7 @@ from hyperax.tasks import mean_over_tasks
 MakeNetwork = Callable[[tuple[int, int, int], jax.Array], Network]
 """(image shape, key) -> a representation."""
 
+_KEYS = ("initialisation", "training", "validation", "steps", "test", "pairs")
 _NETWORKS: dict[str, MakeNetwork] = {"omniglot": OmniglotNet, "c4l": C4L, "rn": ResidualNet}
 
 
@@ -59,18 +61,19 @@ def run(
         make_network: (image shape, key) -> your own representation, in place of the recipe's; give it again to
             `resume`.
         optimizer: any optax transformation in place of Adam with the recipe's schedule; likewise.
-        progress: show a live bar.
+        progress: say where the files are, and show a live bar.
 
     Returns: what `summary.json` holds.
-    Raises: `ValueError` for data that cannot give the episodes, images too small for the network, a folder in use;
-    all before any training.
+    Raises: `ValueError` for a folder in use, data that cannot give the episodes, images that do not fit the network;
+    all before any training and before the folder is made.
     Cost: one forward and backward pass of the network over the images of `tasks` episodes a hyperiteration.
     Reference: Franceschi et al. 2018, Sec. 4 and 5.2.
     """
+    RunFolder(out).require_unused()
     dataset = _load(config, data_dir)
-    learner, network = _build(config, dataset, make_network)
+    network = _make(config, dataset.train.image_shape, make_network)
     folder = RunFolder.create(out, config)
-    return _run(config, folder, dataset, learner, network, optimizer, resume="auto", progress=progress)
+    return _run(config, folder, dataset, network, optimizer, resume="auto", progress=progress)
 
 
 def resume(
@@ -90,29 +93,40 @@ def resume(
     it), and whatever `run` raises.
     """
     folder, config = RunFolder.open(out)
+    name = "auto" if checkpoint is None else folder.checkpoint(checkpoint)
     dataset = _load(config, data_dir)
-    learner, network = _build(config, dataset, make_network)
-    return _run(config, folder, dataset, learner, network, optimizer, resume=checkpoint or "auto", progress=progress)
+    network = _make(config, dataset.train.image_shape, make_network)
+    with folder.advice_as_commands():
+        return _run(config, folder, dataset, network, optimizer, resume=name, progress=progress)
 
 
 def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeNetwork | None = None) -> Any:
-    """The learner and the best lam of a finished run: `learner, lam = load("runs/omniglot", (28, 28, 1))`.
+    """The learner that was tested and the best lam of a finished run.
 
-    Raises: `ValueError` if the run has not finished.
+        learner, lam = load("runs/omniglot", (28, 28, 1))
+        learner.accuracies(lam, episode, steps)
+
+
+    Raises: `ValueError` if the run has not finished, or for another network than the run's.
     """
     folder, config = RunFolder.open(out)
     if not folder.representation.exists():
         raise ValueError(f"{folder.path} has no representation.eqx, so the run has not finished: `hyperax resume` it")
-    learner = _learner(config)
+    learner = config.test_learner
     lam = learner.lam(_make(config, image_shape, make_network))
-    return learner, eqx.tree_deserialise_leaves(folder.representation, lam)
+    try:
+        return learner, eqx.tree_deserialise_leaves(folder.representation, lam)
+    except Exception as error:  # equinox's own, from NumPy, of many types
+        raise ValueError(
+            f"{folder.representation} does not hold this network for images of {image_shape}: give the run's image "
+            f"shape and, if it had one, its make_network ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _run(
     config: FewShotConfig,
     folder: RunFolder,
     dataset: MetaDataset,
-    learner: HyperRepresentation,
     network: Network,
     optimizer: optax.GradientTransformation | None,
     *,
@@ -120,15 +134,18 @@ def _run(
     progress: bool,
 ) -> dict[str, Any]:
     begin = time.perf_counter()
+    if progress:
+        print(f"run folder: {folder.path}", file=sys.stderr, flush=True)
     # Now, because files may change while a long run is on.
     where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
     train, validation = (_on_device(part) for part in (dataset.train, dataset.validation))
     keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_KEYS)}
+    learner, tested = config.training_learner, config.test_learner
     episodes, most = config.episodes, config.most_inner_steps
 
     def validate(lam: Any) -> tuple[float, dict[str, float]]:
         found = accuracies_by_steps(
-            _for_test(learner, config), lam, episodes, validation, keys["validation"], config.validation_episodes, most
+            tested, lam, episodes, validation, keys["validation"], config.validation_episodes, most
         )
         best = int(np.argmax(found.mean(0)))
         at_best = interval(found[:, best])
@@ -152,17 +169,26 @@ def _run(
         constraint=learner.constraint(),
         validation=Validation(validate, every=config.validate_every, patience=config.patience),
         callbacks=folder.note,
-        checkpoint=Checkpoint(folder.checkpoints, every=config.checkpoint_every, identity={"config": config.to_json()}),
+        checkpoint=Checkpoint(
+            folder.checkpoints,
+            every=config.checkpoint_every,
+            identity={"config": config.to_json(), "data": dataset.provenance.get("arrays")},
+        ),
         resume=resume,
         dispatch=config.dispatch,
         record_every=config.record_every,
         progress=progress,
     )
     folder.write_records(solution.history)
-    eqx.tree_serialise_leaves(folder.representation, solution.lam)
+    folder.write_representation(solution.lam)
     pairs = nearest_and_farthest(solution.lam["network"], _on_device(dataset.test), keys["pairs"])
     np.savez_compressed(folder.path / "pairs.npz", **pairs)  # pyright: ignore[reportArgumentType]
-    summary = _measure(config, dataset, learner, network, solution, keys, validation)
+    summary = _measure(config, dataset, network, solution, keys, validation)
+    summary["network"] = {
+        "type": type(network).__name__,
+        "numbers": sum(x.size for x in jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))),
+    }
+    summary["optimizer"] = "Adam with the schedule of the configuration" if optimizer is None else "given in Python"
     summary |= where
     summary["timing"] = {
         "seconds": round(folder.seconds(time.perf_counter() - begin), 1),
@@ -173,13 +199,9 @@ def _run(
     return summary
 
 
-_KEYS = ("initialisation", "training", "validation", "steps", "test", "pairs")
-
-
 def _measure(
     config: FewShotConfig,
     dataset: MetaDataset,
-    learner: HyperRepresentation,
     network: Network,
     solution: Solution,
     keys: dict[str, jax.Array],
@@ -187,7 +209,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Choose T on validation classes, then measure once on the test classes, beside the baselines."""
     test = _on_device(dataset.test)
-    tested, episodes, most = _for_test(learner, config), config.episodes, config.most_inner_steps
+    tested, episodes, most = config.test_learner, config.episodes, config.most_inner_steps
 
     def chosen_steps(lam: Any) -> tuple[int, np.ndarray]:
         # Fresh episodes: those of the training's validations have already chosen the iterate.
@@ -199,9 +221,8 @@ def _measure(
         return interval(found[:, -1]) | {"steps": steps}
 
     steps, found = chosen_steps(solution.lam)
-    untrained = learner.lam(network)
+    untrained = tested.lam(network)
     nearest = nearest_neighbour_accuracies(episodes, test, keys["test"], config.test_episodes)
-    published = config.to_json()["published"]
     summary = {
         "recipe": config.recipe,
         "title": config.title,
@@ -213,14 +234,15 @@ def _measure(
             "nearest neighbour on pixels": interval(nearest),
             "untrained network": on_test(untrained, chosen_steps(untrained)[0]),
         },
-        "paper": published,
+        "paper": config.to_json()["published"],
         "protocol": {
             "ways": config.ways,
             "shots": config.shots,
             "queries": config.queries,
             "overlap": config.overlap,
-            "statistics": config.statistics,
-            "transductive": config.statistics != "support",
+            "statistics": tested.statistics,
+            "training_statistics": config.statistics,
+            "transductive": tested.statistics != "support",
             "training_ways": config.training_episodes.ways,
             "training_queries": config.training_episodes.queries,
             "data": dataset.provenance,
@@ -246,29 +268,23 @@ def _load(config: FewShotConfig, data_dir: str | None) -> MetaDataset:
     return loaded
 
 
-def _build(
-    config: FewShotConfig, dataset: MetaDataset, make_network: MakeNetwork | None
-) -> tuple[HyperRepresentation, Network]:
-    return _learner(config), _make(config, dataset.train.image_shape, make_network)
-
-
 def _make(config: FewShotConfig, image_shape: tuple[int, int, int], make_network: MakeNetwork | None) -> Network:
     name = config.network
     if name == "auto":
         name = "c4l" if min(image_shape[:2]) >= 64 else "omniglot"
     key = jax.random.fold_in(jax.random.key(config.seed), _KEYS.index("initialisation"))
-    return (make_network or _NETWORKS[name])(image_shape, key)
-
-
-def _learner(config: FewShotConfig) -> HyperRepresentation:
-    return HyperRepresentation(
-        config.training_episodes.ways, config.statistics, config.step_size, config.learn_step_size
-    )
-
-
-def _for_test(learner: HyperRepresentation, config: FewShotConfig) -> HyperRepresentation:
-    """The same learner for episodes of as many classes as at meta-test."""
-    return HyperRepresentation(config.ways, learner.statistics, learner.step_size, learner.learn_step_size)
+    network = (make_network or _NETWORKS[name])(image_shape, key)
+    # Its shapes only: a network that does not fit the images is to be refused before the first compilation.
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    shape = " x ".join(map(str, image_shape))
+    words = f"the network {type(network).__name__} does not map images of {shape} to vectors"
+    try:
+        features = eqx.filter_eval_shape(network, images, own_moments)
+    except Exception as error:  # whatever a user's module raises
+        raise ValueError(f"{words}: {str(error).strip().splitlines()[0]}") from error
+    if getattr(features, "ndim", None) != 2 or features.shape[0] != 2:
+        raise ValueError(f"{words}: for 2 images it returns {features}; wrap a module of one image in PerImage")
+    return network
 
 
 def _on_device(classes: ImageClasses) -> ImageClasses:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import equinox as eqx
 
 from hyperax.experiments.config import FewShotConfig, config_from_json
 from hyperax.stopping import Progress
@@ -31,14 +35,27 @@ class RunFolder:
     def create(cls, path: str | Path, config: FewShotConfig) -> RunFolder:
         """A new run in an empty or missing folder."""
         folder = cls(path)
-        if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-            raise ValueError(
-                f"{folder.path} exists and is not empty: `hyperax resume {folder.path}` goes on with a run, "
-                "--out names another folder for a new one"
-            )
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_json("config.json", config.to_json())
+        folder.require_unused()
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.write_json("config.json", config.to_json())
+        except OSError as error:
+            raise ValueError(f"{folder.path} cannot be written ({error.strerror}): choose another folder") from None
         return folder
+
+    def require_unused(self) -> None:
+        """Raise `ValueError` unless the folder is empty or missing."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file: --out names a folder that is empty or does not exist")
+        if (self.path / "config.json").exists():
+            raise ValueError(
+                f"{self.path} holds a run: `hyperax resume {self.path}` goes on with it, --out names another folder "
+                "for a new one"
+            )
+        if any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty: --out names a folder that is empty or does not exist")
 
     @classmethod
     def open(cls, path: str | Path) -> tuple[RunFolder, FewShotConfig]:
@@ -51,9 +68,28 @@ class RunFolder:
                 f"{folder.path} is not a run folder (it has no readable config.json): name the folder that "
                 "`hyperax run` printed"
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not even text
             raise ValueError(f"{folder.path / 'config.json'} is damaged ({error}): start the run again") from None
         return folder, config_from_json(config)
+
+    def checkpoint(self, name: str) -> str:
+        """The name of a checkpoint that is there; a path is taken by its name."""
+        names = sorted(file.name for file in self.checkpoints.glob("step-*.ckpt"))
+        if Path(name).name not in names:
+            there = f"there are {', '.join(names)}" if names else "there is none yet: resume without --checkpoint"
+            raise ValueError(f"no checkpoint {name!r} in {self.checkpoints}; {there}")
+        return Path(name).name
+
+    @contextlib.contextmanager
+    def advice_as_commands(self) -> Iterator[None]:
+        """Say what to do about a checkpoint in the words of the command line, not in those of `minimize`."""
+        again = f"`hyperax resume {self.path}"
+        try:
+            yield
+        except ValueError as error:
+            words = re.sub(r'use resume="(step-\d+\.ckpt)"', rf"{again} --checkpoint \1` goes on from it", str(error))
+            words = words.replace("start again with resume=False", f"{again}` starts from the beginning")
+            raise ValueError(words) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a file by this value, in one move."""
@@ -63,6 +99,13 @@ class RunFolder:
         """The value of a file, `None` if there is no such file."""
         file = self.path / name
         return json.loads(file.read_text()) if file.exists() else None
+
+    def write_representation(self, lam: Any) -> None:
+        """Replace `representation.eqx` by this lam, in one move."""
+        temporary = self.path / ".representation.eqx.new"
+        with temporary.open("wb") as file:
+            eqx.tree_serialise_leaves(file, lam)
+        os.replace(temporary, self.representation)
 
     def begin_session(self) -> None:
         """Note how many seconds earlier sessions of this run took."""

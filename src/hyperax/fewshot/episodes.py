@@ -63,22 +63,25 @@ class Episodes(eqx.Module):
         count = len(classes.names)
         if count < self.ways:
             raise ValueError(
-                f"{self.ways}-way episodes need {self.ways} classes and {where} has {count}: use fewer ways or more classes"
+                f"{self.ways}-way episodes need {self.ways} classes and {where} has {count}: use fewer ways or more "
+                "classes"
             )
         needed = max(self.shots, self.queries) if self.overlap else self.shots + self.queries
         fewest = int(classes.count.argmin())
         if classes.count[fewest] < needed:
             raise ValueError(
-                f"class {classes.names[fewest]!r} of {where} has {int(classes.count[fewest])} images and an episode needs "
-                f"{needed} ({self.shots} shots, {self.queries} queries): use fewer, or remove the class"
+                f"class {classes.names[fewest]!r} of {where} has {int(classes.count[fewest])} images and an episode "
+                f"needs {needed} ({self.shots} shots, {self.queries} queries): use fewer, or remove the class"
             )
 
     def sample(self, key: Key[Array, ""], classes: ImageClasses) -> Episode:
         """One episode, a pure function of the key; traceable, so it can be drawn inside a compiled step."""
         for_classes, for_support, for_query = jax.random.split(key, 3)
-        chosen = _choose(for_classes, classes.start.shape[0], self.ways)
+        # NumPy's arrays, as they are before a device_put, cannot be indexed by what is traced.
+        all_images, start, count = (jnp.asarray(x) for x in (classes.images, classes.start, classes.count))
+        chosen = _choose(for_classes, len(start), self.ways)
         most = self.shots + self.queries
-        limit = classes.count[chosen]
+        limit = count[chosen]
         if self.overlap:
             support = _choose_below(for_support, limit, self.shots, classes.largest)
             query = _choose_below(for_query, limit, self.queries, classes.largest)
@@ -87,7 +90,7 @@ class Episodes(eqx.Module):
             support, query = both[:, : self.shots], both[:, self.shots :]
 
         def images(index: Array) -> Array:
-            return classes.images[(classes.start[chosen][:, None] + index).reshape(-1)]
+            return all_images[(start[chosen][:, None] + index).reshape(-1)]
 
         labels = jnp.arange(self.ways, dtype=jnp.int32)
         return Episode(images(support), jnp.repeat(labels, self.shots), images(query), jnp.repeat(labels, self.queries))

@@ -73,7 +73,9 @@ def _nearest_neighbour(episode: Episode) -> Array:
 
 def _squared_distances(a: Array, b: Array) -> Array:
     """[n, d], [m, d] -> [n, m]."""
-    return jnp.sum(a**2, 1)[:, None] - 2 * a @ b.T + jnp.sum(b**2, 1)[None]
+    # Accelerators would round the factors to 10 bits, too coarse for a difference of large numbers.
+    products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(a**2, 1)[:, None] - 2 * products + jnp.sum(b**2, 1)[None]
 
 
 def interval(accuracies: np.ndarray) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def nearest_and_farthest(
 
     Arguments:
         network: the representation; batch normalisation takes the statistics of each class's images on their own.
-        classes: two of them are drawn by the key.
+        classes: two of them are drawn.
+        key: draws the two classes and the components.
         most: at most so many images of a class are compared.
         components: how many components of the representation are drawn, for a figure.
 

@@ -18,8 +18,8 @@ class FirstOrder(Method):
         w_t = Phi_t(w_{t-1}, g_t, lam) with d g_t / d lam = 0 and d g_t / d w = 0
 
     What is left of d w_T / d lam is what reaches w_T without a second derivative of L: Phi_0, step sizes, momenta,
-    decoupled weight decay. So it is the papers' *Approx* (grad_lam w_T = 0) for a hyper-representation, where lam enters
-    only L and E, and first-order MAML where Phi_0(lam) = lam.
+    decoupled weight decay. So it is the papers' *Approx* (grad_lam w_T = 0) for a hyper-representation, where lam
+    enters only L and E, and first-order MAML where Phi_0(lam) = lam.
 
     Arguments:
         steps: T >= 0.

@@ -11,7 +11,7 @@ import numpy as np
 
 from hyperax.checks import check_lam, check_problem, warn_unused
 from hyperax.dynamics.dynamics import Dynamics
-from hyperax.methods.method import Method, Outcome, ValueFunction
+from hyperax.methods.method import Method, Outcome
 from hyperax.problem import Data, Hypergradient, Lam, Problem, Scalar
 
 
@@ -90,16 +90,20 @@ def hypergradient(problem: Problem, dynamics: Dynamics, method: Method) -> Hyper
 
 def call(function: Any, lam: Lam, data: Data, carry: Any) -> Hypergradient:
     """Check, compile and call a hypergradient function; shared by the single and the mean over tasks."""
+    return compiled(function, explicit(lam), data, carry)
+
+
+def explicit(lam: Lam) -> Lam:
+    """Checked, with numbers as arrays of an explicit type: a weak one would change, and retrace, after one update."""
     check_lam(lam)
-    # An explicit type, because a weakly typed lam would change its type (and retrace) after the first outer update.
-    lam = jax.tree.map(
+    return jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)) if isinstance(leaf, float | np.ndarray) else leaf, lam
     )
-    return _compiled(function, lam, data, carry)
 
 
 @eqx.filter_jit
-def _compiled(function: Any, lam: Lam, data: Data, carry: Any) -> Hypergradient:
+def compiled(function: Any, lam: Lam, data: Data, carry: Any) -> Hypergradient:
+    """What a call runs; `compiled.lower` gives its program."""
     # The checks read shapes only, so they cost nothing after the first call.
     function.check(lam, data)
     return function.evaluate(lam, data, function.init(lam, data) if carry is None else carry)

@@ -38,7 +38,8 @@ class Classifier(NamedTuple):
 
     def __call__(self, features: Float[Array, "images features"]) -> Float[Array, "images ways"]:
         """Logits."""
-        return features @ self.weight.T + self.bias
+        # Not `features @ weight.T`: a reverse pass would keep a transposed copy of the weights of every inner step.
+        return jnp.einsum("if,wf->iw", features, self.weight) + self.bias
 
 
 class HyperRepresentation(eqx.Module):

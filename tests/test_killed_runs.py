@@ -1,0 +1,96 @@
+"""A run killed by SIGKILL at any moment and resumed ends as an uninterrupted one."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import tiny
+from hyperax.cli import main
+
+pytest.importorskip("tyro")
+pytest.importorskip("PIL")
+pytest.importorskip("matplotlib")
+
+FEW_SHOT = "hyperax.experiments.few_shot"
+
+
+def start(environment, *words, bomb=("-", 0)):
+    command = [sys.executable, tiny.__file__, bomb[0], str(bomb[1]), *map(str, words)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, *statuses):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode in statuses, output
+    return process.returncode
+
+
+def results(out):
+    """What has to be identical: records, lam, and the summary but for times."""
+    summary = json.loads((out / "summary.json").read_text())
+    del summary["timing"]
+    return (out / "records.jsonl").read_bytes(), (out / "representation.eqx").read_bytes(), summary
+
+
+MOMENTS = {
+    "as the first checkpoint is written": ("os:fsync", 1),
+    "in the middle of a record, before any checkpoint": ("half a record", 0),
+    "in the first validation, after the first checkpoint": (f"{FEW_SHOT}:accuracies_by_steps", 1),
+    "in the final measurement": (f"{FEW_SHOT}:nearest_neighbour_accuracies", 1),
+    "after the summary, before the report": (f"{FEW_SHOT}:write_report", 1),
+}
+
+
+def killed_at_chosen_moments(environment, images, out):
+    for index, bomb in enumerate(MOMENTS.values()):
+        words = ("resume", out, "--no-progress") if index else ("run", *tiny.options(images), "--out", out)
+        finish(start(environment, *words, bomb=bomb), -signal.SIGKILL)
+    finish(start(environment, "resume", out, "--no-progress"), 0)
+
+
+def killed_at_random_moments(environment, images, out, delays):
+    """Kill from outside, so long after the session began; then let it end."""
+    begun = out / "timings.jsonl"
+    for index, delay in enumerate(delays):
+        words = ("resume", out, "--no-progress") if index else ("run", *tiny.options(images), "--out", out)
+        before = begun.stat().st_mtime_ns if index else None
+        process = start(environment, *words)
+        while process.poll() is None and (not begun.exists() or begun.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        finish(process, -signal.SIGKILL, 0)
+    finish(start(environment, "resume", out, "--no-progress"), 0)
+
+
+def test_killed_runs_end_as_uninterrupted_ones(tmp_path, capsys):
+    images = tiny.write_images(tmp_path / "images")
+    environment, begin = tiny.environment(tmp_path), time.perf_counter()
+    whole = tmp_path / "uninterrupted"
+    finish(start(environment, "run", *tiny.options(images), "--out", whole), 0)
+    delays = [random.uniform(0, (time.perf_counter() - begin) / 3) for _ in range(2)]
+    chosen, chance = tmp_path / "chosen", tmp_path / "random"
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(killed_at_chosen_moments, environment, images, chosen),
+            pool.submit(killed_at_random_moments, environment, images, chance, delays),
+        ]
+        for one in both:
+            one.result()
+    assert results(chosen) == results(whole)
+    assert results(chance) == results(whole), delays
+    for out in (chosen, chance):
+        assert (out / "report.html").exists()
+        left = [path for path in out.rglob("*") if path.suffix in (".new", ".unfinished")]
+        assert not left
+        assert json.loads((out / "summary.json").read_text())["timing"]["seconds"] > 0
+    sessions = {json.loads(line)["session"] for line in (chosen / "timings.jsonl").read_text().splitlines()}
+    assert len(sessions) >= 4
+    assert main(["report", str(chosen)]) == 0
+    assert capsys.readouterr().out.strip() == str(chosen / "report.html")

@@ -1,0 +1,38 @@
+"""README.md is true: its example runs and its numbers are those of the committed records."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
+
+
+def test_the_example_runs_and_improves():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)  # the reader's own next step
+    assert names["solution"].value < 0.5 * names["h"].value
+    assert 0 < names["solution"].lam["step_size"] < 0.1
+
+
+def test_numbers_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text()
+    assert TABLES["updated"](text) == text, "run: python docs/tables.py"
+    assert "<!-- results -->\n|" in text, "the results block is empty"
+
+
+def test_a_changed_number_is_noticed():
+    text = (ROOT / "README.md").read_text()
+    changed = re.sub(r"\*\*(\d)", lambda found: f"**{(int(found[1]) + 1) % 10}", text, count=1)
+    assert changed != text
+    assert TABLES["updated"](changed) == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/few-shot.md"])
+def test_links_lead_somewhere(name):
+    file = ROOT / name
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text()):
+        assert (file.parent / target).exists(), f"{name} links to {target}"

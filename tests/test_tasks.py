@@ -1,0 +1,76 @@
+"""The mean over tasks: groups, the named axis, and what comes back a task at a time. Its gradients: the table."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hyperax as hx
+
+PROBLEM = hx.Problem(
+    inner=lambda w, lam, d: jnp.sum((w - d["x"]) ** 2) + lam * jnp.sum(w**2),
+    outer=lambda w, lam, d: (jnp.sum((w - 1.0) ** 2), {"norm": jnp.linalg.norm(w)}),
+    init=lambda lam, d: jnp.zeros(2),
+    has_metrics=True,
+)
+DATA = {"x": jnp.arange(12.0).reshape(6, 2) / 6}
+SINGLE = hx.hypergradient(PROBLEM, hx.HeavyBall(0.1, 0.5), hx.Reverse(4))
+
+
+def alone():
+    return [SINGLE(0.5, {"x": x}) for x in DATA["x"]]
+
+
+@pytest.mark.parametrize("parallel", [None, 1, 2, 3, 6, 50])
+def test_groups_keep_tasks_in_order(parallel):
+    h = hx.mean_over_tasks(SINGLE, parallel)(0.5, DATA)
+    np.testing.assert_allclose(h.grad, np.mean([a.grad for a in alone()]), rtol=1e-12)
+    np.testing.assert_allclose(h.value, np.mean([a.value for a in alone()]), rtol=1e-12)
+    np.testing.assert_allclose(h.info["metrics"]["norm"], [a.info["metrics"]["norm"] for a in alone()], rtol=1e-12)
+    np.testing.assert_allclose(h.state.w, [a.state.w for a in alone()], rtol=1e-12)
+    np.testing.assert_allclose(h.state.auxiliary, [a.state.auxiliary for a in alone()], rtol=1e-12)
+
+
+def test_transformations_apply():
+    f = hx.mean_over_tasks(SINGLE, 2)
+    lams = jnp.array([0.2, 0.5])
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(f, in_axes=(0, None)))(lams, DATA).grad, [f(lam, DATA).grad for lam in lams], rtol=1e-12
+    )
+    np.testing.assert_allclose(jax.grad(lambda lam: f(lam, DATA).value)(0.5), f(0.5, DATA).grad, rtol=1e-12)
+
+
+def test_statistics_over_the_tasks_in_parallel():
+    shared = hx.Problem(
+        inner=PROBLEM.inner,
+        outer=lambda w, lam, d: jnp.sum((w - d["center"]) ** 2),
+        init=PROBLEM.init,
+        prepare=lambda lam, d: {**d, "center": lam * jax.lax.pmean(d["x"], hx.TASKS)},
+    )
+    f = hx.mean_over_tasks(hx.hypergradient(shared, hx.GradientDescent(0.1), hx.Reverse(3)))
+
+    def by_hand(lam):
+        def of_task(x):
+            w = jnp.zeros(2)
+            for _ in range(3):
+                w = w - 0.1 * (2 * (w - x) + 2 * lam * w)
+            return jnp.sum((w - lam * jnp.mean(DATA["x"], 0)) ** 2)
+
+        return jnp.mean(jnp.stack([of_task(x) for x in DATA["x"]]))
+
+    value, gradient = jax.value_and_grad(by_hand)(0.5)
+    h = f(0.5, DATA)
+    np.testing.assert_allclose([h.value, h.grad], [value, gradient], rtol=1e-12)
+
+
+def test_one_program_for_every_batch_of_tasks():
+    traces = []
+    counted = hx.Problem(
+        lambda *a: traces.append(1) or PROBLEM.inner(*a), PROBLEM.outer, PROBLEM.init, has_metrics=True
+    )
+    f = hx.mean_over_tasks(hx.hypergradient(counted, hx.GradientDescent(0.1), hx.Reverse(4)), 2)
+    f(0.5, DATA)
+    assert traces
+    traces.clear()
+    f(0.7, {"x": DATA["x"] + 1})
+    assert not traces

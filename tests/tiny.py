@@ -1,0 +1,159 @@
+"""Runs small enough for tests: noisy images, a network of one layer, and the command line with a bomb in it.
+
+python tiny.py MODULE:NAME COUNT ARGUMENTS...     is `hyperax ARGUMENTS...` with the small network, killed by SIGKILL
+as NAME of MODULE is called for the COUNT-th time; `python tiny.py - 0 ARGUMENTS...` is not killed.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from hyperax.experiments import recipe
+from hyperax.experiments.run_folder import RunFolder
+from hyperax.fewshot.datasets import ImageFolder
+from hyperax.fewshot.layers import BatchNorm
+
+SIDE = 12
+# Checkpoints fall between records and between validations, so that a resume finds half-done means.
+FIELDS = {
+    "ways": 2,
+    "queries": 2,
+    "tasks": 2,
+    "inner_steps": 2,
+    "most_inner_steps": 3,
+    "learning_rate": 0.01,
+    "hyperiterations": 12,
+    "validate_every": 4,
+    "record_every": 2,
+    "checkpoint_every": 3,
+    "dispatch": 2,
+    "validation_episodes": 8,
+    "test_episodes": 8,
+}
+
+
+# Most of a tiny run is compilation: do it quickly and once.
+QUICK_COMPILATION = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def compiled_once(folder):
+    """Programs compiled in here are kept in a folder."""
+    settings = QUICK_COMPILATION | {"jax_compilation_cache_dir": str(folder)}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def environment(folder):
+    """The same for processes, whose data sets are cached there too."""
+    settings = QUICK_COMPILATION | {"jax_compilation_cache_dir": folder / "compiled"}
+    cache = {"HYPERAX_CACHE": str(folder / "cache")}
+    return os.environ | cache | {name.upper(): str(value) for name, value in settings.items()}
+
+
+def write_images(folder, classes=(4, 3, 3), images=6, side=SIDE, seed=0):
+    """Grey images of train / val / test classes: one pattern a class, drowned in noise."""
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    for split, count in zip(("train", "val", "test"), classes, strict=True):
+        for name in (f"{split}{index}" for index in range(count)):
+            place = Path(folder) / split / name
+            place.mkdir(parents=True)
+            pattern = random.integers(0, 56, (side, side))
+            for image in range(images):
+                pixels = pattern + random.integers(0, 200, (side, side))
+                Image.fromarray(pixels.astype(np.uint8)).save(place / f"{image}.png")
+    return Path(folder)
+
+
+def config(images, **changes):
+    """A run of some seconds on these images."""
+    dataset = ImageFolder(str(images), size=SIDE, mode="L")
+    return recipe("folder-5way-1shot", **{"dataset": dataset, **FIELDS, **changes})
+
+
+def options(images, **changes):
+    """The same as options of `hyperax run folder-5way-1shot`."""
+    fields = {"dataset.path": images, "dataset.size": SIDE, "dataset.mode": "L", **FIELDS, **changes}
+    words = [word for name, x in fields.items() for word in (f"--{name.replace('_', '-')}", str(x))]
+    return ["folder-5way-1shot", *words, "--no-progress"]
+
+
+class Network(eqx.Module):
+    """A linear map with batch normalisation."""
+
+    weight: jax.Array
+    norm: BatchNorm
+
+    def __init__(self, image_shape, key, features=6):
+        size = int(np.prod(image_shape))
+        self.weight = jax.random.normal(key, (size, features), jnp.float32) / size**0.5
+        self.norm = BatchNorm(jnp.zeros(features, jnp.float32))
+
+    def __call__(self, images, moments):
+        features = images.reshape(images.shape[0], 1, 1, -1) @ self.weight
+        return jax.nn.leaky_relu(self.norm(features, moments))[:, 0, 0]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half_a_record(folder, name, entries):
+    """In place of `RunFolder._append`: a kill in the middle of a line."""
+    if name == "records.jsonl" and entries:
+        with (folder.path / name).open("a") as file:
+            file.write('{"step": 4, "val')
+            file.flush()
+            die()
+
+
+def put_bomb(target, count):
+    """Die when the function "module:name" is called for the count-th time."""
+    module_name, _, name = target.partition(":")
+    module, calls = importlib.import_module(module_name), []
+    function = getattr(module, name)
+
+    def bomb(*arguments, **options):
+        calls.append(name)
+        return die() if len(calls) == count else function(*arguments, **options)
+
+    setattr(module, name, bomb)
+
+
+def main(target, count, *arguments):
+    from hyperax import cli
+    from hyperax.experiments import few_shot
+
+    few_shot._NETWORKS["omniglot"] = Network
+    if target == "half a record":
+        RunFolder._append = write_half_a_record
+    elif target != "-":
+        put_bomb(target, int(count))
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
