@@ -29,8 +29,8 @@ def minibatch(key: Key[Array, ""], t: Int[Array, ""] | int, count: int, size: in
     >>> sorted(epoch.tolist())
     [0, 1, 2, 3, 4, 5]
 
-    In a problem: `batch=lambda d, t: {**d, "index": hx.minibatch(d["key"], t, len(d["x"]), 32)}`, with an inner objective
-    that reads `d["x"][d["index"]]`.
+    In a problem: `batch=lambda d, t: {**d, "index": hx.minibatch(d["key"], t, len(d["x"]), 32)}`, with an inner
+    objective that reads `d["x"][d["index"]]`.
     """
     if not (isinstance(size, int) and isinstance(count, int) and 1 <= size <= count):
         raise ValueError(f"a mini-batch of {size!r} examples cannot be drawn from {count!r}: use 1 <= size <= count")

@@ -1,6 +1,7 @@
 """What is solved: the bilevel problem and the answer to "what is its gradient here?".
 
-Dimension legend, used in every docstring: `d` size of w, `m` size of lam, `T` inner steps, `K` truncation window, `N` tasks.
+Dimension legend, used in every docstring: `d` size of w, `m` size of lam, `T` inner steps, `K` truncation window,
+`N` tasks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 Lam: TypeAlias = PyTree
@@ -67,7 +69,7 @@ class Problem(eqx.Module):
 
     def objective(self, prepared: Data, t: Int[Array, ""] | int) -> Callable[[W, Lam], Scalar]:
         """The inner objective of step t as a function of (w, lam), with the data of that step bound."""
-        data = prepared if self.batch is None else self.batch(prepared, t)
+        data = prepared if self.batch is None else self.batch(prepared, jnp.asarray(t))
         return lambda w, lam: self.inner(w, lam, data)
 
     def evaluate(self, w: W, lam: Lam, prepared: Data) -> tuple[Scalar, dict[str, Array]]:

@@ -128,7 +128,8 @@ def mean_over_tasks(
 
     Returns: a function like the one given; `value` and `grad` are means, `state`, `carry` and the metrics have a
     leading axis of N.
-    Raises: `ValueError` if `parallel` or the mesh does not divide N, if the mesh has several axes, if the arrays of `data` disagree about N.
+    Raises: `ValueError` if `parallel` or the mesh does not divide N, if the mesh has several axes, if the arrays of
+    `data` disagree about N.
     Cost: one backward pass through what lam shares between the tasks of a group, not one a task.
     Reference: Franceschi et al. 2018, eq. 3-4 and 9; App. B (folds in parallel or sequentially).
     Do not use `parallel` or `mesh` with statistics shared by all tasks (`jax.lax.pmean(x, TASKS)`): they would be

@@ -128,7 +128,8 @@ class FewShotConfig:
             raise ValueError(
                 "statistics of the whole mini-batch need all its episodes together: leave parallel at None"
             )
-        self.episodes, self.training_episodes  # noqa: B018 (they check their own counts)
+        for name in ("episodes", "training_episodes"):
+            getattr(self, name)  # they check their own counts
 
     @property
     def episodes(self) -> Episodes:

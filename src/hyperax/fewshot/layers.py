@@ -82,7 +82,7 @@ def convolve(x: Activations, weight: Float[Array, "size size inputs outputs"], s
 
 
 def patches(x: Activations, size: int, stride: int) -> Activations:
-    """All size x size neighbourhoods, flattened in the order of the weights: [images, height', width', size^2 inputs]."""
+    """All size x size neighbourhoods, each flattened as the weights are: [images, height', width', size^2 inputs]."""
     if size == 1:
         return x[:, ::stride, ::stride]
     rows, top, bottom = _same(x.shape[1], size, stride)

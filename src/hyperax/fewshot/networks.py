@@ -83,7 +83,7 @@ class C4L(eqx.Module):
 
 
 class ResidualBlock(eqx.Module):
-    """Three {3x3 convolution, batch normalisation, leaky ReLU 0.1} plus a 1x1 skip convolution, then 2x2 max-pooling."""
+    """Three {3x3 convolution, batch normalisation, leaky ReLU 0.1} plus a 1x1 skip convolution, then 2x2 pooling."""
 
     convolutions: tuple[Convolution, ...]
     normalisations: tuple[BatchNorm, ...]
