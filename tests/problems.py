@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hyperax as hx
+from hyperax.fewshot.layers import BatchNorm, Convolution, own_moments
 
 EXAMPLES, INPUTS, STEPS, TASKS = 5, 3, 6, 4
 
@@ -163,3 +165,19 @@ def assert_trees_close(actual: Any, expected: Any, rtol: float, atol: float = 0.
         bound = rtol * np.max(np.abs(other), initial=0.0) + atol
         distance = np.max(np.abs(one - other), initial=0.0)
         assert distance <= bound, f"{jax.tree_util.keystr(path)}: {one} and {other} differ by {distance}, over {bound}"
+
+
+class SmallNet(eqx.Module):
+    """One layer of the papers' networks, for what does not depend on how many there are."""
+
+    convolution: Convolution
+    normalisation: BatchNorm
+
+    def __call__(self, images, moments=own_moments):
+        return jnp.tanh(self.normalisation(self.convolution(images), moments)).reshape(len(images), -1)
+
+
+def small_net() -> SmallNet:
+    """In float64: 18 features, 9 of each filter, from images of 9 x 9 x 1."""
+    net = SmallNet(Convolution(1, 2, jax.random.key(1), stride=3), BatchNorm(jnp.array([0.1, -0.2])))
+    return jax.tree.map(lambda x: x.astype(jnp.float64), net)

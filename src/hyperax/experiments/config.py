@@ -78,6 +78,9 @@ class FewShotConfig:
     """Inner step size eta, or its initial value."""
     learn_step_size: bool = False
     """Make eta a hyperparameter."""
+    test_step_size: float | None = None
+    """Inner step size at meta-validation and meta-test, where episodes may have fewer classes than in training and so a
+    smaller limit of stability; None: as in training. To be chosen on validation classes, like T."""
 
     tasks: int = 16
     """Episodes a hyperiteration."""
@@ -118,6 +121,10 @@ class FewShotConfig:
         for name in ("learning_rate", "step_size"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+        if self.test_step_size is not None and not 0 < self.test_step_size < float("inf"):
+            raise ValueError(f"test_step_size is {self.test_step_size}; it must be positive and finite, or None")
+        if self.test_step_size is not None and self.learn_step_size:
+            raise ValueError("test_step_size has no effect with learn_step_size: leave one of them out")
         if not 0 <= self.decay < float("inf"):
             raise ValueError(f"decay is {self.decay}; it must be at least 0")
         if self.train_ways == 0 or self.train_queries == 0:
@@ -152,7 +159,8 @@ class FewShotConfig:
         """The same learner for meta-validation and meta-test episodes, each on its own."""
         # A new task comes alone: of the statistics of a mini-batch of episodes, those of its own episode are left.
         statistics = "episode" if self.statistics == "batch" else self.statistics
-        return dataclasses.replace(self.training_learner, ways=self.ways, statistics=statistics)
+        step_size = self.step_size if self.test_step_size is None else self.test_step_size
+        return dataclasses.replace(self.training_learner, ways=self.ways, statistics=statistics, step_size=step_size)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with the schedule."""

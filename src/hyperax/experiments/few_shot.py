@@ -106,7 +106,6 @@ def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeN
         learner, lam = load("runs/omniglot", (28, 28, 1))
         learner.accuracies(lam, episode, steps)
 
-
     Raises: `ValueError` if the run has not finished, or for another network than the run's.
     """
     folder, config = RunFolder.open(out)
@@ -244,6 +243,8 @@ def _measure(
             "training_statistics": config.statistics,
             "transductive": tested.statistics != "support",
             "training_ways": config.training_episodes.ways,
+            "training_step_size": "learned" if config.learn_step_size else config.step_size,
+            "step_size": "learned" if config.learn_step_size else tested.step_size,
             "training_queries": config.training_episodes.queries,
             "data": dataset.provenance,
         },
