@@ -6,6 +6,7 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests that shard tasks over devices
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hyperax as hx
@@ -74,3 +75,32 @@ def test_one_program_for_every_batch_of_tasks():
     traces.clear()
     f(0.7, {"x": DATA["x"] + 1})
     assert not traces
+
+
+def mesh(devices):
+    return jax.make_mesh((devices,), ("devices",))
+
+
+@pytest.mark.parametrize("parallel", [None, 1, 3])
+def test_a_mesh_gives_what_one_device_gives(parallel):
+    one, two = (hx.mean_over_tasks(SINGLE, parallel, m)(0.5, DATA) for m in (None, mesh(2)))
+    assert len(two.state.w.sharding.device_set) == 2
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_minimize_follows_a_mesh():
+    solutions = [
+        hx.minimize(hx.mean_over_tasks(SINGLE, 1, m), 0.5, data=DATA, optimizer=optax.sgd(0.1), steps=5)
+        for m in (None, mesh(2))
+    ]
+    np.testing.assert_allclose(solutions[0].lam, solutions[1].lam, rtol=1e-12)
+
+
+def test_a_mesh_that_cannot_share_the_tasks():
+    with pytest.raises(ValueError, match="5 tasks cannot be shared by 2 devices"):
+        hx.mean_over_tasks(SINGLE, mesh=mesh(2))(0.5, {"x": DATA["x"][:5]})
+    with pytest.raises(ValueError, match="3 tasks a device cannot be run 2 at a time"):
+        hx.mean_over_tasks(SINGLE, 2, mesh(2))(0.5, DATA)
+    with pytest.raises(ValueError, match="one axis"):
+        hx.mean_over_tasks(SINGLE, mesh=jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2), ("a", "b")))

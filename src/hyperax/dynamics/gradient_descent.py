@@ -22,7 +22,7 @@ class GradientDescent(Dynamics):
 
     Arguments:
         step_size: eta, in units of w / gradient: a number >= 0, a pytree like w (one rate per parameter), a function
-            of lam, or of (lam, t), t = 1, ..., T, for a schedule.
+            of lam, or of (lam, t), t = 1, ..., T, for a schedule (an Optax one: `lambda lam, t: schedule(t)`).
 
     Raises: `ValueError` for a negative number, or a function of other than one or two arguments.
     Cost: one gradient a step; the state is w alone.

@@ -96,9 +96,8 @@ def call(function: Any, lam: Lam, data: Data, carry: Any) -> Hypergradient:
 def explicit(lam: Lam) -> Lam:
     """Checked, with numbers as arrays of an explicit type: a weak one would change, and retrace, after one update."""
     check_lam(lam)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)) if isinstance(leaf, float | np.ndarray) else leaf, lam
-    )
+    numbers = lambda leaf: isinstance(leaf, float | np.ndarray) or getattr(leaf, "weak_type", False)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)) if numbers(leaf) else leaf, lam)
 
 
 @eqx.filter_jit
