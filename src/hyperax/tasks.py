@@ -151,7 +151,7 @@ def mean_over_tasks(
     if mesh is not None and (len(mesh.axis_names) != 1 or TASKS in mesh.axis_names):
         raise ValueError(f"the mesh must have one axis, not named {TASKS!r}; it has {mesh.axis_names}")
     if mesh is not None:
-        # Axes left to the compiler, whatever kind they were made as: episodes are drawn without a sharding of their own.
+        # Axes left to the compiler, whatever kind they were made as: episodes are drawn without a sharding of theirs.
         mesh = Mesh(mesh.devices, mesh.axis_names)
     return MeanOverTasks(hypergradient, parallel, mesh)
 
