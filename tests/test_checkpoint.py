@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from hyperax.checkpoint import Checkpoint
-from hyperax.constraints import Positive
+from hyperax.constraints import Box, Positive
 from hyperax.minimize import minimize
 from hyperax.problem import Hypergradient
 from hyperax.stopping import DivergenceWarning, GradientTolerance, Plateau, Validation
@@ -201,6 +201,7 @@ class TestRefusals:
             ({"key": jax.random.key(1)}, r"settings.key is \[0, 0\] there and \[0, 1\] here"),
             ({"record_every": 2}, r"settings.record_every is 4 there and 2 here"),
             ({"validation": None}, r"settings.validation_every is 9 there and None here"),
+            ({"constraint": {"a": None, "b": Box(0, 9)}}, r"settings.constraint\S* is .* there and .*Box"),
             ({"steps": 59}, "at step 60, past steps=59; raise steps"),
             ({"resume": "step-00000050.ckpt"}, r"no checkpoint 'step-00000050.ckpt' in .*step-00000040.ckpt"),
             ({"resume": False}, r"already holds a run \(step-00000060.ckpt\); pass resume=True"),

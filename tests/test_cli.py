@@ -13,7 +13,7 @@ import pytest
 
 import hyperax
 import tiny
-from hyperax import experiments
+from hyperax import experiments, fewshot
 from hyperax.cli import main
 from hyperax.experiments import few_shot
 from hyperax.stopping import DivergenceWarning
@@ -37,6 +37,12 @@ def test_importing_hyperax_imports_nothing_but_jax_and_its_company():
     optional = "PIL matplotlib rich tyro pooch requests sklearn orbax scipy.stats hyperax.experiments hyperax.fewshot"
     assert not set(found) & set(optional.split())
     assert {"jax", "equinox", "optax", "jaxtyping", "numpy"} <= set(found)
+
+
+def test_importing_fewshot_imports_no_extras():
+    code = "import sys, hyperax.fewshot; print(*sorted(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(found) & {"PIL", "matplotlib", "rich", "tyro", "pooch", "requests", "hyperax.experiments"}
 
 
 def test_a_narrow_encoding_and_a_closed_pipe_do_no_harm(tmp_path):
@@ -101,7 +107,10 @@ def refused(monkeypatch, tmp_path, capsys):
         (["run", "omniglot-5way-1shot", "--data-dir", "nowhere"], "run `hyperax data fetch omniglot`"),
         (["run", "miniimagenet-c4l-1shot", "--data-dir", "nowhere"], "miniImageNet cannot be downloaded"),
         (["run", "folder-5way-1shot", "--dataset.path", "nowhere"], "nowhere is not a folder"),
-        (["run", "folder-5way-1shot"], "here holds no class folder: put the images"),
+        (["run", "folder-5way-1shot"], "name your folder of class folders: --data-dir DIR or HYPERAX_DATA"),
+        (["data", "show", "imagefolder"], "name your folder of class folders"),
+        (["run", "folder-5way-1shot", "--dataset.path", "."], "here holds no class folder: put the images"),
+        (["run", "folder-5way-1shot", "--data-dir", "nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_words_that_make_no_sense(refused, words, message):
@@ -121,6 +130,29 @@ def test_words_that_make_no_sense(refused, words, message):
 )
 def test_images_that_cannot_give_the_run(refused, images, changes, message):
     assert message in refused("run", *tiny.options(images, **changes))
+
+
+@pytest.mark.parametrize(
+    ("classes", "more", "message"),
+    [
+        (
+            15,
+            {},
+            "5-way episodes need 5 classes in each of the three parts, so at least 15 in all, and this folder has 15, "
+            "split 10/2/3: use --dataset.fractions 0.34 0.33 0.33 or fewer ways",
+        ),
+        (14, {}, "this folder has 14, split 9/2/3: add classes or use fewer ways"),
+        (
+            15,
+            {"train_ways": 6, "ways": 4},
+            "4-way episodes, 6-way in training, need 6/4/4 classes, so at least 14 in all, and this folder has 15, "
+            "split 10/2/3: use --dataset.fractions 0.46 0.27 0.27",
+        ),
+    ],
+)
+def test_a_small_folder(refused, tmp_path, classes, more, message):
+    images = tiny.write_images(tmp_path / "images", (classes, 0, 0), images=3) / "train"
+    assert message in refused("run", *tiny.options(images, **{"ways": 5, **more}))
 
 
 def test_damaged_images(refused, tmp_path):
@@ -228,6 +260,18 @@ def test_data_show(images, capsys):
     assert "12 x 12 x 1" in capsys.readouterr().out
 
 
+def test_data_show_of_the_data_folder(images, monkeypatch, capsys):
+    monkeypatch.setenv("HYPERAX_DATA", str(images))
+    assert main(["data", "show", "imagefolder", "--size", "12", "--mode", "L"]) == 0
+    assert "12 x 12 x 1" in capsys.readouterr().out
+
+
+def test_what_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["run", "glyphs-5way-1shot"]) == 2
+    assert "pip install 'hyperax[run]' (from a clone: pip install -e '.[run]')" in capsys.readouterr().err
+
+
 def test_a_run_that_diverged_ends_with_its_advice_and_status_1(images, tmp_path, monkeypatch, capsys):
     said = "diverged at step 6: f_T is not finite. The last good lam was kept. Try a smaller inner step size."
 
@@ -275,4 +319,18 @@ def test_public_names_are_documented(name):
     else:
         made_with = [field for field in dataclasses.fields(public) if field.init]
         sections = ["Cost", "Do not use", ">>> ", *(["Arguments:"] if made_with else [])]
+    assert [section for section in sections if section not in text] == []
+
+
+PUBLIC = [(module, name) for module in (fewshot, experiments) for name in module.__all__]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
+def test_public_names_of_few_shot_learning_are_documented(module, name):
+    public = getattr(module, name)
+    text = inspect.getdoc(public) or ""
+    assert text.split("\n\n")[0].rstrip().endswith((".", ":")), "one sentence first"
+    sections = [">>> "]
+    if inspect.isfunction(public):
+        sections += ["Returns:", *(["Arguments:"] if inspect.signature(public).parameters else [])]
     assert [section for section in sections if section not in text] == []

@@ -427,6 +427,33 @@ def load_folder(root, **options):
     return ImageFolder(str(root), **({"size": 8} | options)).load(cache_dir=str(root.parent / "cache"))
 
 
+def test_which_folder_is_read(tmp_path, monkeypatch):
+    for place in ("here", "there", "environment"):
+        write_folder(tmp_path / place / "mine", [f"{place}{n}" for n in range(3)])
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HYPERAX_DATA", str(tmp_path / "environment"))
+
+    def read(path, data_dir=None):
+        dataset = ImageFolder(path, size=8).load(data_dir, str(tmp_path / "cache"))
+        return dataset.name, dataset.train.names[0][:-1]
+
+    assert read("mine") == ("mine", "here")
+    assert read("mine", "../there") == ("mine", "there")
+    assert read(str(tmp_path / "here" / "mine"), "../there") == ("mine", "here")
+    assert read("", "../there/mine") == ("mine", "there")
+    assert read("", "mine") == ("mine", "here")
+    monkeypatch.setenv("HYPERAX_DATA", str(tmp_path / "environment" / "mine"))
+    assert read("") == ("mine", "environment")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYPERAX_DATA", str(tmp_path / "environment"))
+    assert read("mine") == ("mine", "environment")
+    with pytest.raises(ValueError, match=r"there.nobody or .*nobody is not a folder: check the path, --data-dir"):
+        read("nobody", "there")
+    monkeypatch.delenv("HYPERAX_DATA")
+    with pytest.raises(ValueError, match="name your folder of class folders: --data-dir DIR or HYPERAX_DATA"):
+        read("")
+
+
 def test_fractions_are_disjoint_and_drawn_by_the_seed(tmp_path):
     write_folder(tmp_path / "mine", [f"c{n:02}" for n in range(10)])
     dataset = load_folder(tmp_path / "mine")

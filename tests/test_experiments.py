@@ -13,10 +13,8 @@ import pytest
 import tiny
 from hyperax.experiments import few_shot, load, resume, run
 from hyperax.experiments.config import config_from_json
-from hyperax.fewshot.evaluation import (
-    accuracies_by_steps,
-    interval,
-)
+from hyperax.fewshot.datasets import ImageFolder
+from hyperax.fewshot.evaluation import accuracies_by_steps, interval
 from hyperax.fewshot.networks import PerImage
 from hyperax.stopping import DivergenceWarning
 
@@ -66,12 +64,30 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+class Counting(tiny.Network):
+    """With a leaf that has no hypergradient."""
+
+    count: jax.Array
+
+    def __init__(self, image_shape, key):
+        super().__init__(image_shape, key)
+        self.count = jnp.zeros((), jnp.int32)
+
+
 # What a run writes
 
 
 def test_run_folder(finished, images):
     out, summary = finished
-    names = {"config.json", "records.jsonl", "timings.jsonl", "summary.json", "report.html", "representation.eqx"}
+    names = {
+        "config.json",
+        "where.json",
+        "records.jsonl",
+        "timings.jsonl",
+        "summary.json",
+        "report.html",
+        "representation.eqx",
+    }
     assert {path.name for path in out.iterdir()} == names | {"pairs.npz", "checkpoints", "figures"}
     assert json.loads((out / "summary.json").read_text()) == summary
     assert config_from_json(json.loads((out / "config.json").read_text())) == tiny.config(images)
@@ -180,6 +196,7 @@ def test_own_network_and_optimizer(quick, images, tmp_path):
     network = lambda shape, key: PerImage(eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(144, 5, key=key)]))
     out, summary = quick(make_network=network, optimizer=optax.sgd(0.1))
     assert summary["network"]["type"] == "PerImage"
+    assert (summary["protocol"]["statistics"], summary["protocol"]["transductive"]) == ("none", False)
     assert summary["optimizer"] == "given in Python"
     _, lam = load(out, (12, 12, 1), network)
     assert isinstance(lam["network"], PerImage)
@@ -199,6 +216,7 @@ def test_own_network_and_optimizer(quick, images, tmp_path):
         ),
         (lambda shape, key: lambda images, moments: images, "returns .*; wrap a module of one image in PerImage"),
         (lambda shape, key: eqx.nn.Linear(144, 5, key=key), "does not map images of 12 x 12 x 1 to vectors"),
+        (Counting, r"lam\['network'\]\.count has type int32; only floating-point numbers"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused_before_the_folder_is_made(quick, tmp_path, make_network, message):
@@ -219,6 +237,32 @@ def test_a_run_that_diverges_keeps_the_last_good_iterate(quick, images, tmp_path
     assert summary["test"]["accuracy"] > 0
     with pytest.warns(DivergenceWarning, match="diverged at step 6"):
         assert results(out, resume(out, make_network=tiny.Network, optimizer=optimizer)) == results(out, summary)
+
+
+# Where the images are
+
+
+def test_a_resumed_run_finds_its_images_and_tells_nobody_where_they_are(images, tmp_path, monkeypatch):
+    dataset = ImageFolder(size=tiny.SIDE, mode="L")
+    config, out = tiny.config("", dataset=dataset), tmp_path / "run"
+    monkeypatch.delenv("HYPERAX_DATA", raising=False)
+    monkeypatch.chdir(images.parent)
+    summary = run(config, out, data_dir=images.name, make_network=tiny.Network)
+    assert json.loads((out / "where.json").read_text()) == {"data_dir": str(images)}
+    assert config_from_json(json.loads((out / "config.json").read_text())) == config
+    monkeypatch.chdir(tmp_path)
+    moved = shutil.copytree(images, tmp_path / "moved", copy_function=shutil.copy2)
+    assert results(out, resume(out, make_network=tiny.Network)) == results(out, summary)
+    for name in ("summary.json", "report.html", "config.json"):
+        assert str(images) not in (out / name).read_text()
+    monkeypatch.setattr(few_shot, "_run", lambda config, folder, dataset, *_, **__: dataset.name)
+    assert resume(out, data_dir=str(moved), make_network=tiny.Network) == "moved"
+    (out / "where.json").write_text("{")
+    with pytest.raises(ValueError, match=r"where\.json is damaged: remove it and give --data-dir"):
+        resume(out, make_network=tiny.Network)
+    (out / "where.json").unlink()
+    with pytest.raises(ValueError, match="name your folder of class folders"):
+        resume(out, make_network=tiny.Network)
 
 
 # Checkpoints

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import hyperax as hx
+
 ROOT = Path(__file__).parent.parent
 TABLES = runpy.run_path(str(ROOT / "docs" / "tables.py"))
 
@@ -29,6 +31,12 @@ def test_a_changed_number_is_noticed():
     changed = re.sub(r"\*\*(\d)", lambda found: f"**{(int(found[1]) + 1) % 10}", text, count=1)
     assert changed != text
     assert TABLES["updated"](changed) == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "docs/few-shot.md"])
+def test_public_names_exist(name):
+    names = set(re.findall(r"\bhx\.(\w+)", (ROOT / name).read_text()))
+    assert not {x for x in names if not hasattr(hx, x)}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/few-shot.md"])

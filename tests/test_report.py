@@ -193,6 +193,13 @@ def test_protocols_are_compared(tmp_path, overlap):
     assert f"support and query {'overlapping' if overlap else 'disjoint'}" in table
 
 
+def test_a_network_without_batch_statistics(tmp_path):
+    protocol = make_summary()["protocol"] | {"statistics": "none", "transductive": False}
+    text = Page(report.write_report(write_run(tmp_path, [], make_summary(protocol=protocol)))).text
+    assert "Batch normalisation: none; the network has no batch normalisation." in text
+    assert "Not transductive" in text
+
+
 @pytest.mark.parametrize(
     ("words", "overlap"), [("non-overlapping sets", False), ("Disjoint", False), ("overlapping", True), ("", None)]
 )

@@ -115,3 +115,14 @@ def test_the_warning_does_not_come_again_with_every_call():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         f({**LAM, "d": 2.0}, DATA)
+
+
+def test_rounding_and_comparison_cut_the_path():
+    problem = hx.Problem(
+        inner=lambda w, lam, d: jnp.sum((w - jnp.round(lam["a"]) * (lam["b"] > 0) * lam["c"]) ** 2),
+        outer=lambda w, lam, d: jnp.sum(w**2),
+        init=lambda lam, d: jnp.zeros(2),
+    )
+    with pytest.warns(hx.UnusedLeafWarning, match=r"lam\['a'\], lam\['b'\] do not reach"):
+        h = hx.hypergradient(problem, hx.GradientDescent(0.1), hx.Reverse(2))({"a": 1.2, "b": 1.0, "c": 2.0})
+    assert h.grad["a"] == h.grad["b"] == 0 != h.grad["c"]

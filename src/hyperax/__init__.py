@@ -9,6 +9,7 @@ from hyperax.batches import minibatch
 from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
 from hyperax.constraints import Box, Constraint, Positive, Projected, UnitInterval
+from hyperax.diagnostics import Diagnosis, diagnose
 from hyperax.dynamics import Dynamics, GradientDescent, HeavyBall, Optax, State
 from hyperax.methods import FirstOrder, Forward, Method, Reverse, Truncated, hypergradient
 from hyperax.minimize import Solution, minimize
@@ -24,6 +25,7 @@ __all__ = [
     "Box",
     "Checkpoint",
     "Constraint",
+    "Diagnosis",
     "DivergenceWarning",
     "Dynamics",
     "FirstOrder",
@@ -46,6 +48,7 @@ __all__ = [
     "UnitInterval",
     "UnusedLeafWarning",
     "Validation",
+    "diagnose",
     "hypergradient",
     "mean_over_tasks",
     "minibatch",

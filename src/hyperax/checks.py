@@ -23,19 +23,43 @@ def leaf_name(name: str, path: Any) -> str:
     return name + jax.tree_util.keystr(path)
 
 
-def check_lam(lam: Lam) -> None:
-    """Raise `ValueError` unless the leaves of lam are floats (or not arrays at all, as functions in a module)."""
-    floats = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(lam):
+def variables_of(lam: Lam) -> Lam:
+    """Lam with its hyperparameters as arrays: what is differentiated, and what is not, is the same everywhere.
+
+    Arrays are hyperparameters, and so are Python floats in plain containers. In an Equinox module, by Equinox's own
+    convention, only arrays are: the slope of an activation or the rate of a dropout stays as it is.
+
+    Raises: `ValueError` for integers (in plain containers) and arrays of integers, and if nothing is left.
+    """
+
+    def convert(path: Any, leaf: Any, in_module: bool) -> Any:
+        if in_module and not eqx.is_array(leaf) and not isinstance(leaf, np.ndarray):
+            return leaf
         if isinstance(leaf, bool | int | complex) or (eqx.is_array_like(leaf) and not _is_float(leaf)):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
+            advice = "split it into real and imaginary part" if "complex" in str(kind) else "convert it to float"
             raise ValueError(
-                f"{leaf_name('lam', path)} has type {kind}; only floating-point numbers have a hypergradient: convert "
-                "it to float, or move it into data if it is not to be optimised"
+                f"{leaf_name('lam', path)} has type {kind}; only floating-point numbers have a hypergradient: {advice} "
+                "or, if it is not to be optimised, move it into data (in a module: split it off with eqx.partition)"
             )
-        floats += eqx.is_array_like(leaf)
-    if floats == 0:
-        raise ValueError("lam has no floating-point leaf, so there is nothing to differentiate")
+        # An explicit type: a weak one would change, and retrace, after one update.
+        weak = isinstance(leaf, float | np.ndarray | np.generic) or getattr(leaf, "weak_type", False)
+        return jnp.asarray(leaf, jnp.result_type(leaf)) if weak else leaf
+
+    def of_node(path: Any, node: Any) -> Any:
+        if not _is_module(node):
+            return convert(path, node, in_module=False)
+        inside = lambda inner, leaf: convert((*path, *inner), leaf, in_module=True)
+        return jax.tree_util.tree_map_with_path(inside, node)
+
+    variables = jax.tree_util.tree_map_with_path(of_node, lam, is_leaf=_is_module)
+    if not any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(variables)):
+        raise ValueError("lam has no floating-point leaf, so there is nothing to differentiate or optimise")
+    return variables
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, eqx.Module)
 
 
 def _is_float(leaf: Any) -> bool:
@@ -47,19 +71,25 @@ def check_problem(problem: Problem, lam: Lam, data: Data) -> None:
 
     def shapes(lam: Lam, data: Data) -> tuple[Any, Any]:
         prepared = problem.prepare(lam, data)
-        w = problem.init(lam, prepared)
+        w = problem.start(lam, prepared)
+        if not jax.tree.leaves(w):
+            raise ValueError("Phi_0 returns no array, so there are no inner variables: let it return arrays")
         for path, leaf in jax.tree_util.tree_leaves_with_path(w):
             if not _is_float(leaf):
                 raise ValueError(
                     f"{leaf_name('w', path)} is {jnp.result_type(leaf)}; inner variables are floating-point numbers: "
                     "let Phi_0 convert it, or move it into data"
                 )
-        return problem.objective(prepared, jnp.asarray(1))(w, lam), problem.outer(w, lam, prepared)
+        outer = problem.outer(problem.whole(w, lam, prepared), lam, prepared)
+        return problem.objective(prepared, jnp.asarray(1))(w, lam), outer
 
     inner, outer = eqx.filter_eval_shape(shapes, lam, data)
     if problem.has_metrics:
         if not (isinstance(outer, tuple) and len(outer) == 2 and isinstance(outer[1], dict)):
             raise ValueError("with has_metrics the outer objective must return a pair (scalar, dict of arrays)")
+        for name, metric in outer[1].items():
+            if not eqx.is_array_like(metric) and not isinstance(metric, jax.ShapeDtypeStruct):
+                raise ValueError(f"metric {name!r} of the outer objective is {type(metric).__name__}, not an array")
         outer = outer[0]
     for name, value in (("inner", inner), ("outer", outer)):
         if isinstance(value, float):
@@ -97,13 +127,14 @@ def _reaching(jaxpr: Any, inputs: list[set[int]]) -> list[set[int]]:
     for equation in jaxpr.eqns:
         arguments = [read(atom) for atom in equation.invars]
         for variable, label in zip(equation.outvars, _through(equation, arguments), strict=True):
-            labels[variable] = label
+            # Nothing differentiable comes through an integer or a truth value.
+            labels[variable] = label if jnp.issubdtype(variable.aval.dtype, jnp.inexact) else set()
     return [read(atom) for atom in jaxpr.outvars]
 
 
 def _through(equation: Any, arguments: list[set[int]]) -> list[set[int]]:
     name, parameters = equation.primitive.name, equation.params
-    if name == "stop_gradient":
+    if name in ("stop_gradient", "round", "floor", "ceil", "sign"):
         return [set() for _ in equation.outvars]
     if name == "scan":
         constants, carried = parameters["num_consts"], parameters["num_carry"]

@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        return _refuse(f"{error.name} is not installed: pip install 'hyperax[run]'")
+        return _refuse(
+            f"{error.name} is not installed: pip install 'hyperax[run]' (from a clone: pip install -e '.[run]')"
+        )
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -15,9 +15,10 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
+from hyperax.checks import variables_of
 from hyperax.convergence import InnerRun, inner_runs, over_tasks
 from hyperax.methods import FirstOrder, Forward, HypergradientFunction, Method, Reverse, Truncated
-from hyperax.methods.hypergradient import compiled, explicit
+from hyperax.methods.hypergradient import compiled
 from hyperax.problem import Data, Lam
 from hyperax.rollout import check_steps
 from hyperax.tasks import MeanOverTasks, count_tasks
@@ -136,7 +137,7 @@ def diagnose(
     _check_arguments(hypergradient, lam, data, directions, epsilon)
     single = hypergradient.hypergradient if isinstance(hypergradient, MeanOverTasks) else hypergradient
     tasks = count_tasks(data) if isinstance(hypergradient, MeanOverTasks) else None
-    lam = explicit(lam)
+    lam = variables_of(lam)
 
     program = compiled.lower(hypergradient, lam, data, None).compile()  # pyright: ignore[reportFunctionMemberAccess]
     h = jax.block_until_ready(program(hypergradient, lam, data, None))

@@ -187,10 +187,12 @@ class HostLoop:
             self._record()
         # No checkpoint now: it would push out a good one.
         self.state = self.state._replace(u=self.state.good)
+        kept = "The last good lam was kept." if self.step else "There is no good lam: it is the initial one."
         self.stopped = (
-            f"diverged at step {self.step + 1}: {_TROUBLE[trouble]}. The last good lam was kept. Try a smaller inner "
-            "step size (below 2/nu, nu the largest curvature of the inner objective), a smaller outer learning rate, "
-            "or clip the hypergradient: optax.chain(optax.clip_by_global_norm(1.0), ...)."
+            f"diverged at step {self.step + 1}: {_TROUBLE[trouble]}. {kept} Try a smaller inner step size (below 2/nu, "
+            "nu the largest curvature of the inner objective), a smaller outer learning rate, or clip the "
+            "hypergradient: optax.chain(optax.clip_by_global_norm(1.0), ...); hx.diagnose(hypergradient, lam, data) says "
+            "more."
         )
         # To the caller of `minimize`: through _after_dispatch, until_stopped and minimize.
         warnings.warn(self.stopped, DivergenceWarning, stacklevel=5)
@@ -206,6 +208,8 @@ class HostLoop:
         return {
             "key": None if key is None else np.asarray(key).tolist(),
             "record_every": self.record_every,
+            # u, which is saved, means another lam under another set.
+            "constraint": [repr(jax.tree.map(lambda x: np.asarray(x).tolist(), s)) for s in self.program.sets],
             "validation_every": None if self.validation is None else self.validation.every,
         }
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, PyTree
 
 from hyperax import free_variables, outer_loop
 from hyperax.checkpoint import Checkpoint
+from hyperax.checks import variables_of
 from hyperax.host_loop import HostLoop
 from hyperax.outer_loop import Program
 from hyperax.problem import Data, Hypergradient, Lam
@@ -88,7 +89,8 @@ def minimize(
             large.
         sample: (key, data) -> data_k, pure.
         key: a PRNG key, for `sample` and required with it.
-        optimizer: any optax transformation; it sees the floating-point leaves only. Schedules count hyperiterations.
+        optimizer: any optax transformation but those that evaluate f_T themselves (line searches: L-BFGS); it sees the
+            floating-point leaves only. Schedules count hyperiterations.
         steps: hyperiterations in all, those before a resume included.
         constraint: a set for all of lam, or a pytree prefix of lam with sets and `None`; see `Constraint`.
         validation: scores lam on held-out data, keeps the best, stops when it is patient no more.
@@ -120,13 +122,15 @@ def minimize(
     >>> float(solution.lam), solution.stopped
     (3.0, 'completed 30 hyperiterations')
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
     _check(hypergradient, optimizer, validation, callbacks)
     for name, count, least in (("steps", steps, 0), ("dispatch", dispatch, 1), ("record_every", record_every, 1)):
         _check_count(name, count, least)
     _check_sampling(sample, key)
     _check_resume(checkpoint, resume)
-    arrays, fixed = _split(lam)
+    arrays, fixed = eqx.partition(variables_of(lam), eqx.is_inexact_array)
     sets = free_variables.resolve(constraint, arrays)
 
     data = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, data)
@@ -152,31 +156,6 @@ def minimize(
         steps=run.step,
         carry=run.state.carry,
     )
-
-
-def _split(lam: Lam) -> tuple[PyTree, PyTree]:
-    """The floating-point arrays of lam, and the rest; numbers that are neither are refused."""
-
-    def convert(path: Any, leaf: Any) -> Any:
-        name = f"lam{jax.tree_util.keystr(path)}"
-        if isinstance(leaf, (float, np.ndarray, np.generic)):
-            leaf = jnp.asarray(leaf)
-        if isinstance(leaf, int) and not isinstance(leaf, bool):
-            raise ValueError(
-                f"{name} is the integer {leaf}; write {leaf}.0 if it is a hyperparameter, move it into data if not, or "
-                "mark it static in its module (eqx.field(static=True))."
-            )
-        if isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            advice = "split it into real and imaginary part" if jnp.iscomplexobj(leaf) else "convert to float"
-            raise ValueError(f"{name} has dtype {leaf.dtype} and cannot be optimised; {advice}, or move it into data.")
-        return leaf
-
-    arrays, fixed = eqx.partition(jax.tree_util.tree_map_with_path(convert, lam), eqx.is_inexact_array)
-    if not jax.tree.leaves(arrays):
-        raise ValueError(
-            "lam has no floating-point leaf: there is nothing to optimise. Put at least one number into it."
-        )
-    return arrays, fixed
 
 
 def _check(hypergradient: Any, optimizer: Any, validation: Any, callbacks: tuple) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -23,6 +24,10 @@ Data: TypeAlias = PyTree
 """Whatever the objectives need besides w and lam: arrays, an episode, `None`."""
 
 Scalar: TypeAlias = Float[Array, ""]
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, eqx.Module)
 
 
 def _unprepared(lam: Lam, data: Data) -> Data:
@@ -40,7 +45,8 @@ class Problem(eqx.Module):
         inner: L(w, lam, D) -> scalar, the inner objective (training error).
         outer: E(w, lam, D) -> scalar, the outer objective (validation error); with `has_metrics`, a pair
             (scalar, dict of arrays), and the dict is found in `Hypergradient.info["metrics"]`.
-        init: Phi_0(lam, D) -> w, the initial point of the inner variables.
+        init: Phi_0(lam, D) -> w, the initial point of the inner variables: any pytree. In an Equinox module its arrays
+            are the inner variables; what else it holds is put back before the objectives see it.
         prepare: prepare(lam, data) -> D, whatever depends on lam and data but not on w (features of a fixed batch, a
             kernel matrix, a data augmentation). It is computed once for all T steps and differentiated once; the
             three functions above receive its result in place of `data`.
@@ -70,10 +76,25 @@ class Problem(eqx.Module):
     def objective(self, prepared: Data, t: Int[Array, ""] | int) -> Callable[[W, Lam], Scalar]:
         """The inner objective of step t as a function of (w, lam), with the data of that step bound."""
         data = prepared if self.batch is None else self.batch(prepared, jnp.asarray(t))
-        return lambda w, lam: self.inner(w, lam, data)
+        return lambda w, lam: self.inner(self.whole(w, lam, prepared), lam, data)
+
+    def start(self, lam: Lam, prepared: Data) -> W:
+        """The arrays of w_0 = Phi_0(lam, D): the inner variables. Functions and numbers in a module are not."""
+        w = self.init(lam, prepared)
+        if isinstance(w, int | float):
+            return jnp.asarray(w)
+        plain = not any(_is_module(node) for node in jax.tree.leaves(w, is_leaf=_is_module))
+        return jax.tree.map(jnp.asarray, eqx.filter(w, eqx.is_array_like if plain else eqx.is_array))
+
+    def whole(self, w: W, lam: Lam, prepared: Data) -> W:
+        """Inner variables with what else Phi_0 returns, such as the functions in a module, put back."""
+        shapes = eqx.filter_eval_shape(self.init, lam, prepared)
+        fixed = jax.tree.map(lambda leaf: None if isinstance(leaf, jax.ShapeDtypeStruct) else leaf, shapes)
+        return eqx.combine(w, fixed)
 
     def evaluate(self, w: W, lam: Lam, prepared: Data) -> tuple[Scalar, dict[str, Array]]:
         """E(w, lam, D) and its metrics (an empty dict if the problem has none)."""
+        w = self.whole(w, lam, prepared)
         if self.has_metrics:
             value, metrics = self.outer(w, lam, prepared)  # pyright: ignore[reportGeneralTypeIssues]
             return value, metrics

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hyperax.dynamics.dynamics import Dynamics, Gradient, State
 from hyperax.problem import Data, Lam, Problem, W
@@ -22,7 +23,7 @@ def exact_gradient(objective: Objective) -> Gradient:
 
 def initial_state(problem: Problem, dynamics: Dynamics, lam: Lam, prepared: Data) -> State:
     """s_0: the dynamics' first state at w_0 = Phi_0(lam, D)."""
-    state = dynamics.init(jax.tree.map(jnp.asarray, problem.init(lam, prepared)), lam)
+    state = dynamics.init(problem.start(lam, prepared), lam)
     # Weakly typed constants (jnp.zeros() * 2.0 and the like) would change their type after one step.
     return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype), state)
 
@@ -104,12 +105,13 @@ def rollout(
     check_steps(steps)
     prepared = problem.prepare(lam, data)
     state = initial_state(problem, dynamics, lam, prepared)
-    return advance(problem, dynamics, state, lam, prepared, first=1, last=steps, observe=observe)
+    seen = None if observe is None else lambda w: observe(problem.whole(w, lam, prepared))
+    return advance(problem, dynamics, state, lam, prepared, first=1, last=steps, observe=seen)
 
 
 def check_steps(steps: int, name: str = "steps", lowest: int = 0) -> None:
     """Raise a `ValueError` unless this is a whole number, at least `lowest`."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < lowest:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < lowest:
         raise ValueError(f"{name} must be a whole number, at least {lowest}; it is {steps!r}")
 
 

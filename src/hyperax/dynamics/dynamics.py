@@ -72,7 +72,10 @@ def evaluate_setting(setting: Setting, lam: Lam, t: Step) -> PyTree:
 
 def _arity(function: Callable) -> int:
     # Optional arguments are the function's own business: only what must be given counts.
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a built-in that does not say
+        return 1
     return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 

@@ -25,7 +25,11 @@ _LEAST |= dict.fromkeys(("validate_every", "record_every", "checkpoint_every"), 
 
 @dataclass(frozen=True)
 class Published:
-    """A number of a paper, to be shown beside ours."""
+    """A number of a paper, to be shown beside ours.
+
+    >>> Published(0.986, None, "Franceschi et al. 2018, Table 3").accuracy
+    0.986
+    """
 
     accuracy: float
     """A fraction."""
@@ -39,7 +43,15 @@ class Published:
 
 @dataclass(frozen=True)
 class FewShotConfig:
-    """Learn a hyper-representation on some classes, choose on others, report on a third part."""
+    """Learn a hyper-representation on some classes, choose on others, report on a third part.
+
+    Raises: `ValueError` for counts, rates or combinations that make no sense.
+    Reference: Franceschi et al. 2018, Sec. 4 and 5.2, App. D.
+    Do not use it where a recipe is near: `recipe(name, field=value)` starts from settings that were tried.
+
+    >>> FewShotConfig("mine", "My run", Glyphs(), ways=3).episodes.ways
+    3
+    """
 
     recipe: str
     """Name of the recipe this configuration comes from."""

@@ -17,11 +17,11 @@ import numpy as np
 import optax
 
 from hyperax.checkpoint import Checkpoint
+from hyperax.checks import variables_of
 from hyperax.experiments import environment
 from hyperax.experiments.config import FewShotConfig
 from hyperax.experiments.report import write_report
 from hyperax.experiments.run_folder import RunFolder
-from hyperax.fewshot.datasets import ImageFolder
 from hyperax.fewshot.evaluation import (
     accuracies_by_steps,
     interval,
@@ -64,15 +64,20 @@ def run(
         progress: say where the files are, and show a live bar.
 
     Returns: what `summary.json` holds.
-    Raises: `ValueError` for a folder in use, data that cannot give the episodes, images that do not fit the network;
-    all before any training and before the folder is made.
+    Raises: `ValueError` for a folder in use, data that cannot give the episodes, images that do not fit the network, a
+    network with leaves that are no floats; all before any training and before the folder is made.
     Cost: one forward and backward pass of the network over the images of `tasks` episodes a hyperiteration.
     Reference: Franceschi et al. 2018, Sec. 4 and 5.2.
+    Do not use it for another learner or another loop: `hyperax.minimize` over `mean_over_tasks` is what it is made of.
+
+    >>> run(recipe("glyphs-5way-1shot", seed=1), "runs/glyphs")["test"]["episodes"]  # doctest: +SKIP
+    600
     """
     RunFolder(out).require_unused()
     dataset = _load(config, data_dir)
     network = _make(config, dataset.train.image_shape, make_network)
-    folder = RunFolder.create(out, config)
+    variables_of(config.training_learner.lam(network))  # refuses leaves that have no hypergradient
+    folder = RunFolder.create(out, config, data_dir)
     return _run(config, folder, dataset, network, optimizer, resume="auto", progress=progress)
 
 
@@ -89,12 +94,25 @@ def resume(
 
     The result is the same, bit for bit, as that of a run that was never interrupted (on the same machine).
 
+    Arguments:
+        out: the run's folder.
+        data_dir: where the images are; by default where they were when the run began.
+        checkpoint: a file of the run's `checkpoints/`; by default the newest.
+        make_network, optimizer: those given to `run`.
+        progress: say where the files are, and show a live bar.
+
+    Returns: what `summary.json` holds.
     Raises: `ValueError` for a folder that holds no run, a damaged or foreign checkpoint (and names the good one before
     it), and whatever `run` raises.
+    Cost: what is left of the run.
+    Do not use it to train longer: the configuration is part of the checkpoint, so another one is another run.
+
+    >>> resume("runs/glyphs", checkpoint="step-00000200.ckpt")["stopped"]  # doctest: +SKIP
+    'completed 300 hyperiterations'
     """
     folder, config = RunFolder.open(out)
     name = "auto" if checkpoint is None else folder.checkpoint(checkpoint)
-    dataset = _load(config, data_dir)
+    dataset = _load(config, data_dir or folder.data_dir())
     network = _make(config, dataset.train.image_shape, make_network)
     with folder.advice_as_commands():
         return _run(config, folder, dataset, network, optimizer, resume=name, progress=progress)
@@ -103,10 +121,17 @@ def resume(
 def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeNetwork | None = None) -> Any:
     """The learner that was tested and the best lam of a finished run.
 
-        learner, lam = load("runs/omniglot", (28, 28, 1))
-        learner.accuracies(lam, episode, steps)
+    Arguments:
+        out: the run's folder.
+        image_shape: (height, width, channels) of the run's images.
+        make_network: the one given to `run`, if any.
 
+    Returns: a learner of the meta-test's ways and step size, and lam.
     Raises: `ValueError` if the run has not finished, or for another network than the run's.
+    Cost: reading one file.
+
+    >>> learner, lam = load("runs/omniglot", (28, 28, 1))  # doctest: +SKIP
+    >>> learner.accuracies(lam, episode, steps=10)  # doctest: +SKIP
     """
     folder, config = RunFolder.open(out)
     if not folder.representation.exists():
@@ -220,6 +245,7 @@ def _measure(
         return interval(found[:, -1]) | {"steps": steps}
 
     steps, found = chosen_steps(solution.lam)
+    normalised = _asks_for_moments(network, dataset.train.image_shape)
     untrained = tested.lam(network)
     nearest = nearest_neighbour_accuracies(episodes, test, keys["test"], config.test_episodes)
     summary = {
@@ -239,9 +265,9 @@ def _measure(
             "shots": config.shots,
             "queries": config.queries,
             "overlap": config.overlap,
-            "statistics": tested.statistics,
-            "training_statistics": config.statistics,
-            "transductive": tested.statistics != "support",
+            "statistics": tested.statistics if normalised else "none",
+            "training_statistics": config.statistics if normalised else "none",
+            "transductive": normalised and tested.statistics != "support",
             "training_ways": config.training_episodes.ways,
             "training_step_size": "learned" if config.learn_step_size else config.step_size,
             "step_size": "learned" if config.learn_step_size else tested.step_size,
@@ -259,14 +285,38 @@ def _measure(
 
 
 def _load(config: FewShotConfig, data_dir: str | None) -> MetaDataset:
-    dataset = config.dataset
-    if isinstance(dataset, ImageFolder) and dataset.path == "." and data_dir is not None:
-        dataset = ImageFolder(**{**vars(dataset), "path": data_dir})
-    loaded = dataset.load(data_dir)
+    loaded = config.dataset.load(data_dir)
+    if loaded.provenance.get("split") == "fractions":
+        _check_fractions(config, [part.num_classes for part in loaded.splits.values()])
     config.training_episodes.check(loaded.train, "the training set")
     config.episodes.check(loaded.validation, "the validation set")
     config.episodes.check(loaded.test, "the test set")
     return loaded
+
+
+def _check_fractions(config: FewShotConfig, counts: list[int]) -> None:
+    """Raise `ValueError`, with fractions that would do, if the drawn parts of a folder have fewer classes than ways."""
+    ways, train_ways = config.ways, config.training_episodes.ways
+    needed = [train_ways, ways, ways]
+    if all(count >= need for count, need in zip(counts, needed, strict=True)):
+        return
+    spare = sum(counts) - sum(needed)
+    parts = f"{ways} classes in each of the three parts" if train_ways == ways else f"{_slashes(needed)} classes"
+    said = (
+        f"{ways}-way episodes{'' if train_ways == ways else f', {train_ways}-way in training,'} need {parts}, so at "
+        f"least {sum(needed)} in all, and this folder has {sum(counts)}, split {_slashes(counts)}"
+    )
+    if spare < 0:
+        raise ValueError(f"{said}: add classes or use fewer ways")
+    # Of n classes, rounding a fraction to so many digits moves neither edge by half a class.
+    digits = len(str(2 * sum(counts)))
+    later = round((ways + spare // 3) / sum(counts), digits)
+    fractions = " ".join(f"{x:.{digits}f}" for x in (1 - 2 * later, later, later))
+    raise ValueError(f"{said}: use --dataset.fractions {fractions} or fewer ways")
+
+
+def _slashes(counts: list[int]) -> str:
+    return "/".join(map(str, counts))
 
 
 def _make(config: FewShotConfig, image_shape: tuple[int, int, int], make_network: MakeNetwork | None) -> Network:
@@ -286,6 +336,18 @@ def _make(config: FewShotConfig, image_shape: tuple[int, int, int], make_network
     if getattr(features, "ndim", None) != 2 or features.shape[0] != 2:
         raise ValueError(f"{words}: for 2 images it returns {features}; wrap a module of one image in PerImage")
     return network
+
+
+def _asks_for_moments(network: Network, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the network normalises by batch statistics at all."""
+    asked = []
+
+    def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        asked.append(x.shape)
+        return own_moments(x)
+
+    eqx.filter_eval_shape(network, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32), moments)
+    return bool(asked)
 
 
 def _on_device(classes: ImageClasses) -> ImageClasses:

@@ -112,7 +112,7 @@ def _folder() -> FewShotConfig:
     return FewShotConfig(
         recipe="folder-5way-1shot",
         title="Your images, 5-way 1-shot",
-        dataset=ImageFolder("."),
+        dataset=ImageFolder(),
         queries=10,
         tasks=4,
         step_size=0.05,
@@ -123,7 +123,13 @@ def _folder() -> FewShotConfig:
 
 
 def recipes() -> dict[str, FewShotConfig]:
-    """All recipes by name."""
+    """All recipes by name.
+
+    Returns: complete configurations, in the order of `hyperax list`.
+
+    >>> list(recipes())[:2]
+    ['glyphs-5way-1shot', 'omniglot-5way-1shot']
+    """
     found = [
         _glyphs(),
         *(_omniglot(ways, shots) for ways in (5, 20) for shots in (1, 5)),
@@ -137,7 +143,12 @@ def recipes() -> dict[str, FewShotConfig]:
 def recipe(name: str, **changes: object) -> FewShotConfig:
     """The recipe of this name, with some fields changed.
 
-    Raises: `ValueError` for an unknown recipe, with the nearest names, or an unknown field.
+    Arguments:
+        name: one of `recipes()`.
+        changes: fields of `FewShotConfig`.
+
+    Returns: a complete, frozen configuration.
+    Raises: `ValueError` for an unknown recipe, with the nearest names, an unknown field, or a value without sense.
 
     >>> recipe("omniglot-5way-1shot-papers", seed=1).tasks
     32

@@ -34,6 +34,7 @@ _STATISTICS = {
     "support": "support and query by the statistics of the support set",
     "episode": "support and query together by their common statistics",
     "batch": "by statistics common to all episodes that are computed together",
+    "none": "none; the network has no batch normalisation",
 }
 
 _CAPTIONS = {  # figure: (alternative text, caption)

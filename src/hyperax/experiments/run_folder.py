@@ -13,15 +13,17 @@ from typing import Any
 import equinox as eqx
 
 from hyperax.experiments.config import FewShotConfig, config_from_json
+from hyperax.fewshot.datasets.sources import named_folder
 from hyperax.stopping import Progress
 
 
 class RunFolder:
-    """A folder with `config.json`, `records.jsonl`, `timings.jsonl`, `checkpoints/`, and, at the end, `summary.json`.
+    """A folder with `config.json`, `where.json`, `records.jsonl`, `timings.jsonl`, `checkpoints/`, at the end
+    `summary.json`.
 
     Records follow the checkpoints: after a resume they are rewritten from the history that the checkpoint holds, so a
     line that a kill cut in two, or that later steps would contradict, does not survive. Times depend on the machine
-    and go to a file of their own.
+    and go to a file of their own, and so does the place of the images, which is no part of what a run is.
     """
 
     def __init__(self, path: str | Path):
@@ -32,13 +34,14 @@ class RunFolder:
         self._seconds_before = 0.0
 
     @classmethod
-    def create(cls, path: str | Path, config: FewShotConfig) -> RunFolder:
-        """A new run in an empty or missing folder."""
+    def create(cls, path: str | Path, config: FewShotConfig, data_dir: str | None = None) -> RunFolder:
+        """A new run, on images in `data_dir`, in an empty or missing folder."""
         folder = cls(path)
         folder.require_unused()
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_json("config.json", config.to_json())
+            folder.write_json("where.json", {"data_dir": str(named_folder(data_dir)) if data_dir else None})
         except OSError as error:
             raise ValueError(f"{folder.path} cannot be written ({error.strerror}): choose another folder") from None
         return folder
@@ -71,6 +74,13 @@ class RunFolder:
         except ValueError as error:  # not JSON, or not even text
             raise ValueError(f"{folder.path / 'config.json'} is damaged ({error}): start the run again") from None
         return folder, config_from_json(config)
+
+    def data_dir(self) -> str | None:
+        """Where the images were when the run began, if that was said."""
+        try:
+            return (self.read_json("where.json") or {}).get("data_dir")
+        except (ValueError, AttributeError):
+            raise ValueError(f"{self.path / 'where.json'} is damaged: remove it and give --data-dir") from None
 
     def checkpoint(self, name: str) -> str:
         """The name of a checkpoint that is there; a path is taken by its name."""

@@ -20,6 +20,10 @@ class Episode(NamedTuple):
         support_labels: int32 [N K], 0, ..., N - 1.
         query: images to be classified (D_val), uint8 [N Q, height, width, channels].
         query_labels: int32 [N Q].
+
+    >>> images = jnp.zeros((2, 4, 4, 1), jnp.uint8)
+    >>> Episode(images, jnp.arange(2), images, jnp.arange(2)).support.shape
+    (2, 4, 4, 1)
     """
 
     support: UInt8[Array, "NK height width channels"]
@@ -40,9 +44,14 @@ class Episodes(eqx.Module):
             images of the class); results obtained so are to be labelled.
 
     Raises: `ValueError` for counts below 1; `check` for classes that cannot give such episodes.
+    Cost: of a draw, one gather of N (K + Q) images, and random numbers for every class and for the images of N classes.
     Reference: Franceschi et al. 2018, Sec. 5.2 (D_tr and D_val of an episode).
+    Do not use `overlap` for numbers of your own: it makes the test easier, the more so the fewer images a class has.
 
-    >>> episodes = Episodes(ways=5, shots=1, queries=15)
+    >>> classes = ImageClasses.from_lists({name: [[[0]]] * 4 for name in "abc"})
+    >>> episode = Episodes(ways=2, shots=1, queries=3).sample(jax.random.key(0), classes)
+    >>> episode.support.shape, episode.query_labels.tolist()
+    ((2, 1, 1, 1), [0, 0, 0, 1, 1, 1])
     """
 
     ways: int

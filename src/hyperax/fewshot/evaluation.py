@@ -36,8 +36,29 @@ def accuracies_by_steps(
 ) -> np.ndarray:
     """Query accuracy of `count` episodes after each number of inner steps: float [count, steps].
 
-    The episodes depend on the key alone, so learners evaluated with the same key see the same episodes. Episodes run
-    one after the other: on a CPU that keeps their activations in the cache, and memory does not grow with `count`.
+    The episodes depend on the key alone, so learners evaluated with the same key see the same episodes.
+
+    Arguments:
+        learner: has `accuracies(lam, episode, steps)`, as `HyperRepresentation`.
+        lam: its outer variables.
+        episodes: what is drawn; a class too small for it is `Episodes.check`'s to refuse, before.
+        classes: what it is drawn from.
+        key: draws the episodes.
+        count: how many.
+        steps: the largest number T of inner steps.
+
+    Returns: fractions, [count, steps]; column t - 1 is of t steps.
+    Cost: `count` forward passes and inner runs, one after the other: on a CPU that keeps their activations in the
+    cache, and memory does not grow with `count`.
+    Reference: Franceschi et al. 2018, Fig. 6.
+    Do not use it on test classes to choose T: that is for validation classes.
+
+    >>> from hyperax.fewshot import HyperRepresentation, PerImage
+    >>> learner = HyperRepresentation(ways=2)
+    >>> classes = ImageClasses.from_lists({name: np.full((3, 4, 4), 90 * i) for i, name in enumerate("abc")})
+    >>> lam = learner.lam(PerImage(jnp.ravel))
+    >>> accuracies_by_steps(learner, lam, Episodes(2, 1, 2), classes, jax.random.key(0), count=4, steps=3).shape
+    (4, 3)
     """
     keys = jax.random.split(key, count)
     return np.asarray(_accuracies(learner, lam, episodes, classes, keys, steps))
@@ -53,7 +74,21 @@ def _accuracies(
 def nearest_neighbour_accuracies(
     episodes: Episodes, classes: ImageClasses, key: Key[Array, ""], count: int
 ) -> np.ndarray:
-    """Accuracy of one nearest neighbour on pixels (Euclidean distance) on the same episodes: float [count]."""
+    """Accuracy of one nearest neighbour on pixels (Euclidean distance) on the same episodes: float [count].
+
+    Arguments:
+        episodes: what is drawn.
+        classes: what it is drawn from.
+        key: draws the same episodes as in `accuracies_by_steps`.
+        count: how many.
+
+    Returns: fractions, [count].
+    Cost: a product of the query by the support images, an episode.
+
+    >>> classes = ImageClasses.from_lists({name: np.full((3, 4, 4), 90 * i) for i, name in enumerate("abc")})
+    >>> nearest_neighbour_accuracies(Episodes(2, 1, 2), classes, jax.random.key(0), 4).tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
     keys = jax.random.split(key, count)
     return np.asarray(_over_episodes(_nearest_neighbour, episodes, classes, keys))
 
@@ -79,7 +114,17 @@ def _squared_distances(a: Array, b: Array) -> Array:
 
 
 def interval(accuracies: np.ndarray) -> dict[str, Any]:
-    """Mean accuracy over episodes and the half-width of its 95 % interval, 1.96 s / sqrt(n), as fractions."""
+    """Mean accuracy over episodes and the half-width of its 95 % interval, 1.96 s / sqrt(n), as fractions.
+
+    Arguments:
+        accuracies: [n], one for each episode, which are drawn independently.
+
+    Returns: `{"accuracy", "ci95", "episodes"}`; of a single episode the half-width is not a number.
+    Do not use it for accuracies that share episodes or are of one run each: it is the spread over episodes, not seeds.
+
+    >>> interval(np.array([0.5, 1.0]))
+    {'accuracy': 0.75, 'ci95': 0.49, 'episodes': 2}
+    """
     count = len(accuracies)
     spread = float(np.std(accuracies, ddof=1)) if count > 1 else float("nan")
     return {"accuracy": float(np.mean(accuracies)), "ci95": 1.96 * spread / count**0.5, "episodes": count}
@@ -99,6 +144,12 @@ def nearest_and_farthest(
 
     Returns: arrays `near_images` [2, H, W, C], `near_features` [2, F], `near_distance`, `far_...`, `names` [2],
     `component_index`.
+    Cost: two passes of the network over `most` images.
+
+    >>> from hyperax.fewshot import PerImage
+    >>> classes = ImageClasses.from_lists({name: np.full((3, 4, 4), 51 * i) for i, name in enumerate("ab")})
+    >>> float(nearest_and_farthest(PerImage(jnp.ravel), classes, jax.random.key(0))["near_distance"])
+    0.8
     """
     for_pair, for_components = jax.random.split(key)
     pair = np.asarray(jax.random.choice(for_pair, classes.num_classes, (2,), replace=False))

@@ -185,6 +185,10 @@ class MetaDataset:
         test: the classes that a number is reported on.
         provenance: everything that determines the arrays, in JSON types: configuration, source digests, digests of
             the decoded arrays, number of classes and images of each split.
+
+    >>> one = ImageClasses.from_lists({"a": np.zeros((2, 4, 4)), "b": np.ones((3, 4, 4))})
+    >>> list(MetaDataset("Tiny", one, one, one, {}).splits)
+    ['train', 'validation', 'test']
     """
 
     name: str

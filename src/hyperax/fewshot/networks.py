@@ -39,6 +39,10 @@ class OmniglotNet(eqx.Module):
     Cost: 2.7 million multiplications an image of 28 x 28.
     Reference: Franceschi et al. 2018, Sec. 5.2 and App. D; Vinyals et al. 2016.
     Do not use it on photographs: `C4L` pools instead of striding.
+
+    >>> features = lambda key, images: OmniglotNet((28, 28, 1), key)(images)
+    >>> jax.eval_shape(features, jax.random.key(0), jnp.zeros((5, 28, 28, 1))).shape
+    (5, 256)
     """
 
     convolutions: tuple[Convolution, ...]
@@ -66,6 +70,11 @@ class C4L(eqx.Module):
     Raises: `ValueError` for images that are too small.
     Cost: 33 million multiplications an image of 84 x 84.
     Reference: Franceschi et al. 2018, Sec. 5.2 and App. D; Ravi and Larochelle 2017.
+    Do not use it on images below 16 x 16, of which four poolings leave nothing: `OmniglotNet` takes 9 x 9.
+
+    >>> features = lambda key, images: C4L((84, 84, 3), key)(images)
+    >>> jax.eval_shape(features, jax.random.key(0), jnp.zeros((5, 84, 84, 3))).shape
+    (5, 800)
     """
 
     convolutions: tuple[Convolution, ...]
@@ -115,6 +124,11 @@ class ResidualNet(eqx.Module):
     Cost: 1.0 billion multiplications an image of 84 x 84.
     Reference: Franceschi et al. 2018, App. D, with the 3x3 convolutions of the published code (the appendix prints
     1x1); every weight is learned here, skip convolutions and shifts included.
+    Do not use it where time is short: an image costs thirty times one of `C4L`.
+
+    >>> features = lambda key, images: ResidualNet((84, 84, 3), key)(images)
+    >>> jax.eval_shape(features, jax.random.key(0), jnp.zeros((5, 84, 84, 3))).shape
+    (5, 512)
     """
 
     blocks: tuple[ResidualBlock, ...]
@@ -145,7 +159,12 @@ class PerImage(eqx.Module):
             layers), [channels, height, width]; its result is flattened.
         channels_first: see above.
 
-    It has no batch statistics, so the choice of them does not matter.
+    Raises: whatever the module raises for images that it does not fit.
+    Cost: the module's, mapped over the images.
+    Do not use it for a module with batch statistics: write a callable `(images, moments)` that asks `moments` for them.
+
+    >>> PerImage(eqx.nn.MaxPool2d(3, stride=3))(jnp.zeros((5, 9, 9, 2))).shape
+    (5, 18)
     """
 
     module: Any
@@ -161,7 +180,26 @@ class PerImage(eqx.Module):
 def encode(
     network: Network, support: Activations, query: Activations, statistics: Statistics = "set"
 ) -> tuple[Features, Features]:
-    """Features of the support and of the query images of one episode, with the chosen batch statistics."""
+    """Features h_lam(x) of the support and of the query images of one episode, with the chosen batch statistics.
+
+    Arguments:
+        network: (images in [0, 1], moments) -> features.
+        support: [N K, height, width, channels], in [0, 1].
+        query: [N Q, height, width, channels], in [0, 1].
+        statistics: "set": each set's own. "support": the support set's for both. "episode": those of both together.
+            "batch": those of all episodes mapped together, inside `mean_over_tasks` only.
+
+    Returns: features of the support [N K, features] and of the query images [N Q, features].
+    Raises: `ValueError` for other statistics.
+    Cost: one pass of the network over N (K + Q) images.
+    Reference: Franceschi et al. 2018, Sec. 4; "set" is what the papers' code does.
+    Do not use "set", "episode" or "batch" where query images have to be classified one by one: those predictions depend
+    on the other query images.
+
+    >>> support, query = encode(PerImage(jnp.ravel), jnp.zeros((5, 4, 4, 1)), jnp.zeros((10, 4, 4, 1)))
+    >>> support.shape, query.shape
+    ((5, 16), (10, 16))
+    """
     if statistics == "set":
         return network(support, own_moments), network(query, own_moments)
     count = support.shape[0]

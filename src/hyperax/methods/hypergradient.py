@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 
-from hyperax.checks import check_lam, check_problem, warn_unused
+from hyperax.checks import check_problem, variables_of, warn_unused
 from hyperax.dynamics.dynamics import Dynamics
 from hyperax.methods.method import Method, Outcome
 from hyperax.problem import Data, Hypergradient, Lam, Problem, Scalar
@@ -90,14 +87,7 @@ def hypergradient(problem: Problem, dynamics: Dynamics, method: Method) -> Hyper
 
 def call(function: Any, lam: Lam, data: Data, carry: Any) -> Hypergradient:
     """Check, compile and call a hypergradient function; shared by the single and the mean over tasks."""
-    return compiled(function, explicit(lam), data, carry)
-
-
-def explicit(lam: Lam) -> Lam:
-    """Checked, with numbers as arrays of an explicit type: a weak one would change, and retrace, after one update."""
-    check_lam(lam)
-    numbers = lambda leaf: isinstance(leaf, float | np.ndarray) or getattr(leaf, "weak_type", False)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)) if numbers(leaf) else leaf, lam)
+    return compiled(function, variables_of(lam), data, carry)
 
 
 @eqx.filter_jit

@@ -56,6 +56,11 @@ class Glyphs:
     Raises: ValueError for sizes below 8 or fewer than two images per class.
     Cost: about ten seconds the first time; then from the cache.
     Do not use with `ImageClasses.rotated`: arrows and Canadian syllabics are rotations of each other.
+
+    >>> Glyphs(images_per_class=10).size
+    28
+    >>> Glyphs().load().train.image_shape  # doctest: +SKIP
+    (28, 28, 1)
     """
 
     size: int = 28

@@ -35,10 +35,18 @@ class ImageFolder:
     Raises: ValueError for a folder that is missing or holds fewer than three classes, an empty class, an image that
         cannot be read, a class in two splits, or fractions that do not sum to 1.
     Cost: the first load decodes everything; afterwards the cache is used until a file is added, removed or changed.
+    Do not use `fractions` where classes come in families (one bird in several folders): keep a family in one part, by
+    the subfolders train, val and test.
+
+    >>> ImageFolder("birds", mode="L").fractions
+    (0.64, 0.16, 0.2)
+    >>> ImageFolder().load("birds").train.num_classes  # doctest: +SKIP
+    32
     """
 
-    path: str
-    """The folder; a relative one is looked for from here, then in the data folder."""
+    path: str = ""
+    """The folder of class folders; empty: the data folder itself (--data-dir or HYPERAX_DATA). A relative one is looked
+    for in --data-dir if that is given, then from here, then in HYPERAX_DATA."""
     size: int = 84
     """Side of the images, in pixels."""
     mode: Literal["RGB", "L"] = "RGB"
@@ -69,7 +77,7 @@ class ImageFolder:
         """Read the folder.
 
         Arguments:
-            data_dir: where a relative `path` is looked for; else the environment variable HYPERAX_DATA.
+            data_dir: the folder, or what a relative `path` starts from; else the environment variable HYPERAX_DATA.
             cache_dir: where decoded images are kept; else the environment variable HYPERAX_CACHE, else
                 `~/.cache/hyperax`.
         """
@@ -114,13 +122,18 @@ class ImageFolder:
         return self.size, self.size, 3 if self.mode == "RGB" else 1
 
     def _folder(self, data_dir: str | None) -> Path:
-        given = Path(self.path).expanduser()
-        for folder in (given, sources.data_folder(data_dir) / given):
+        named, given = sources.named_folder(data_dir), Path(self.path).expanduser()
+        if self.path:
+            places = [given, sources.data_folder(data_dir) / given]
+            places = places[::-1] if data_dir else places  # what was said outright comes before where we happen to be
+        elif named is not None:
+            places = [named]
+        else:
+            raise ValueError("name your folder of class folders: --data-dir DIR or HYPERAX_DATA")
+        for folder in places:
             if folder.is_dir():
                 return folder.absolute()
-        raise ValueError(
-            f"{given} is not a folder, neither from here nor in {sources.data_folder(data_dir)}: check path"
-        )
+        raise ValueError(f"{' or '.join(map(str, places))} is not a folder: check the path, --data-dir or HYPERAX_DATA")
 
     def _subfolders(self, folder: Path) -> dict[str, str]:
         """The subfolder of each split, or "all" for the folder itself."""

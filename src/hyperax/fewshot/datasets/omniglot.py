@@ -33,6 +33,12 @@ class Omniglot:
     Raises: ValueError for an unknown option, a missing or damaged archive, or an incomplete set of characters.
     Cost: the first load decodes 32 460 drawings (some seconds); rotations take four times the memory (100 MB at 28).
     Reference: Lake et al. 2015; the splits of Franceschi et al. 2018 (App. D) and of Vinyals et al. 2016.
+    Do not use `papers` to say something about unseen alphabets: it draws characters, whatever their alphabet.
+
+    >>> Omniglot(split="vinyals").size
+    28
+    >>> Omniglot().load("data").train.num_classes  # doctest: +SKIP
+    4800
     """
 
     split: Literal["papers", "alphabets", "vinyals"] = "papers"

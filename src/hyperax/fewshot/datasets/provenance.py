@@ -31,6 +31,11 @@ def meta_dataset(name: str, splits: Sequence[ImageClasses], **determined_by: Any
 def describe(dataset: MetaDataset) -> str:
     """A short table of a dataset: classes, images and image size of each split, then the options that made it.
 
+    Arguments:
+        dataset: as a data set's `load` returns it.
+
+    Returns: lines for people, without a last line break.
+
     >>> import numpy as np
     >>> one = ImageClasses.from_lists({"a": np.zeros((2, 4, 4)), "b": np.zeros((3, 4, 4))})
     >>> print(describe(MetaDataset("Tiny", one, one, one, {"config": {"seed": 0}})))

@@ -10,10 +10,15 @@ from pathlib import Path
 from hyperax.fewshot.datasets.cache import cache_folder
 
 
+def named_folder(data_dir: str | None = None) -> Path | None:
+    """The data folder that somebody named: `data_dir`, else the environment variable HYPERAX_DATA."""
+    chosen = data_dir or os.environ.get("HYPERAX_DATA")
+    return Path(chosen).expanduser().absolute() if chosen else None
+
+
 def data_folder(data_dir: str | None = None) -> Path:
     """The data folder: `data_dir`, else the environment variable HYPERAX_DATA, else `data` in the cache folder."""
-    chosen = data_dir or os.environ.get("HYPERAX_DATA")
-    return Path(chosen).expanduser().absolute() if chosen else cache_folder() / "data"
+    return named_folder(data_dir) or cache_folder() / "data"
 
 
 def find(dataset: str, names: list[str], data_dir: str | None, advice: str) -> Path:

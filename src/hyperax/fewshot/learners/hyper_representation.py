@@ -57,12 +57,18 @@ class HyperRepresentation(eqx.Module):
         learn_step_size: whether eta > 0 is a hyperparameter too (the Bridge paper) or fixed (ICML).
 
     lam is `{"network": module}`, with `learn_step_size` also `"step_size"`, to be kept positive by `constraint()`.
+    Raises: `ValueError` for statistics that do not exist, when features are computed; `hypergradient` and `accuracies`
+    what the dynamics and the method raise.
     Cost: h_lam is computed, and differentiated, once an episode; the T inner steps run on features, so time hardly
     depends on T.
     Reference: Franceschi et al. 2018, Sec. 4, eq. 9-10, Algorithm 1; Bridge paper 2017, Sec. 4.
     Do not use it where tasks need other features: the representation stays fixed while a task is learned.
 
-    >>> learner = HyperRepresentation(ways=5, step_size=0.1)
+    >>> from hyperax.fewshot import PerImage
+    >>> learner = HyperRepresentation(ways=5, step_size=0.1, learn_step_size=True)
+    >>> lam = learner.lam(PerImage(jnp.ravel))
+    >>> sorted(lam), float(lam["step_size"])
+    (['network', 'step_size'], 0.1)
     """
 
     ways: int
