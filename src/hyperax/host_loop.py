@@ -191,8 +191,8 @@ class HostLoop:
         self.stopped = (
             f"diverged at step {self.step + 1}: {_TROUBLE[trouble]}. {kept} Try a smaller inner step size (below 2/nu, "
             "nu the largest curvature of the inner objective), a smaller outer learning rate, or clip the "
-            "hypergradient: optax.chain(optax.clip_by_global_norm(1.0), ...); hx.diagnose(hypergradient, lam, data) says "
-            "more."
+            "hypergradient: optax.chain(optax.clip_by_global_norm(1.0), ...). hx.diagnose(hypergradient, lam, data) "
+            "tells more."
         )
         # To the caller of `minimize`: through _after_dispatch, until_stopped and minimize.
         warnings.warn(self.stopped, DivergenceWarning, stacklevel=5)
