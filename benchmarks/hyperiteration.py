@@ -39,15 +39,15 @@ def hyperiteration(steps: int, parallel: int, classes: ImageClasses):
     lam = learner.lam(OmniglotNet((28, 28, 1), jax.random.key(0)))
     state = optimizer.init(eqx.filter(lam, eqx.is_inexact_array))
 
-    @jax.jit
-    def step(lam, state, k):
+    @eqx.filter_jit
+    def step(lam, state, classes, k):
         h = hypergradient(lam, episodes.sample_many(jax.random.key(k), classes, TASKS))
         updates, state = optimizer.update(h.grad, state)
         return eqx.apply_updates(lam, updates), state
 
     def run(k: int) -> None:
         nonlocal lam, state
-        lam, state = jax.block_until_ready(step(lam, state, k))
+        lam, state = jax.block_until_ready(step(lam, state, classes, jnp.asarray(k)))
 
     return run
 
