@@ -77,6 +77,16 @@ def test_one_program_for_every_batch_of_tasks():
     assert not traces
 
 
+def test_one_task_at_a_time_has_no_axis():
+    shared = hx.Problem(
+        inner=PROBLEM.inner,
+        outer=lambda w, lam, d: jnp.sum((w - jax.lax.pmean(d["x"], hx.TASKS)) ** 2),
+        init=PROBLEM.init,
+    )
+    with pytest.raises(ValueError, match="with parallel=1 there is no such axis"):
+        hx.mean_over_tasks(hx.hypergradient(shared, hx.GradientDescent(0.1), hx.Reverse(3)), 1)(0.5, DATA)
+
+
 def mesh(devices):
     return jax.make_mesh((devices,), ("devices",))
 
