@@ -115,12 +115,12 @@ def test_bijection_is_the_chain_rule():
 
 class Network(eqx.Module):
     weight: jax.Array
-    rate: float
+    rate: jax.Array | float
     activation: object = jax.nn.relu
 
 
 def test_prefix_for_a_module_with_functions():
-    network = Network(jnp.array([1.0, -1.0]), 0.5)
+    network = Network(jnp.array([1.0, -1.0]), jnp.asarray(0.5))
     prefix = Network(None, Positive(), None)
     hypergradient = lambda lam, data, carry: Hypergradient(
         *eqx.filter_value_and_grad(lambda lam: jnp.sum(lam.weight**2) + (lam.rate + 1) ** 2)(lam), None, {}, carry
@@ -129,6 +129,14 @@ def test_prefix_for_a_module_with_functions():
     assert solution.lam.activation is jax.nn.relu
     assert 0 < solution.lam.rate < 0.2
     np.testing.assert_allclose(solution.lam.weight, 0.0, atol=1e-4)
+
+
+def test_a_set_for_what_is_no_hyperparameter():
+    network = Network(jnp.array([1.0, -1.0]), 0.5)
+    with pytest.raises(ValueError, match=r"constraint\.rate is Positive\(\), and lam has no hyperparameter there"):
+        minimize(
+            distance_to([]), network, constraint=Network(None, Positive(), None), optimizer=optax.sgd(0.1), steps=1
+        )
 
 
 @pytest.mark.parametrize(

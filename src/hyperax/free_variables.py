@@ -39,6 +39,11 @@ def resolve(constraint: PyTree, lam: PyTree) -> Sets:
                 f"constraint{jax.tree_util.keystr(path)} is {entry!r}; use a set (Positive(), Box(low, high), "
                 "UnitInterval(), Projected(...)) or None for no constraint."
             )
+        if not leaves and isinstance(entry, Constraint):
+            raise ValueError(
+                f"constraint{jax.tree_util.keystr(path)} is {entry!r}, and lam has no hyperparameter there; in a "
+                "module only arrays are: make the number an array, or give None."
+            )
         for inner, leaf in leaves:
             if entry is not None:
                 _require_inside(entry, leaf, f"lam{jax.tree_util.keystr((*path, *inner))}")
