@@ -63,8 +63,8 @@ def miniimagenet() -> str:
     rate = run["timing"]["hyperiterations_per_second"]
     return (
         f"miniImageNet, C4L, 1-shot, 4 episodes: {rate:.2f} hyperiterations a second over the first "
-        f"{run['hyperiterations']} ({run['machine']}, commit {run['commit']}); the papers' full training, {run['recipe']} "
-        "with all its hyperiterations, has not been run: it is for an accelerator."
+        f"{run['hyperiterations']} ({run['machine']}, commit {run['commit']}); the full training of "
+        f"{run['recipe']} has not been run: it is for an accelerator."
     )
 
 

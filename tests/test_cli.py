@@ -15,7 +15,7 @@ import hyperax
 import tiny
 from hyperax import experiments, fewshot
 from hyperax.cli import main
-from hyperax.experiments import few_shot
+from hyperax.experiments import few_shot, preparing
 from hyperax.stopping import DivergenceWarning
 
 pytest.importorskip("tyro")
@@ -192,7 +192,7 @@ def test_damaged_archives(refused, tmp_path):
 
 
 def test_a_folder_in_use_is_refused_before_any_work(refused, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(few_shot, "_load", lambda *_: pytest.fail("the images were read"))
+    monkeypatch.setattr(few_shot, "load_dataset", lambda *_: pytest.fail("the images were read"))
     used = tmp_path / "used"
     used.mkdir()
     (used / "thesis.txt").write_text("mine")
@@ -291,8 +291,8 @@ def test_an_interrupt_says_how_to_go_on(begun, images, tmp_path, monkeypatch, ca
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(few_shot, "minimize" if begun else "_load", interrupt)
-    monkeypatch.setitem(few_shot._NETWORKS, "omniglot", tiny.Network)
+    monkeypatch.setattr(few_shot, "minimize" if begun else "load_dataset", interrupt)
+    monkeypatch.setitem(preparing._NETWORKS, "omniglot", tiny.Network)
     out = tmp_path / "run"
     assert main(["run", *tiny.options(images)[:-1], "--out", str(out)]) == 130
     told = capsys.readouterr().err

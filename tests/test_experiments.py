@@ -133,7 +133,7 @@ def test_a_loaded_run_gives_the_accuracy_of_its_summary(finished, images):
     out, summary = finished
     config = tiny.config(images)
     learner, lam = load(out, (12, 12, 1), tiny.Network)
-    key = jax.random.fold_in(jax.random.key(config.seed), few_shot._KEYS.index("test"))
+    key = config.key("test")
     test, steps = config.dataset.load().test, summary["test"]["steps"]
     found = accuracies_by_steps(learner, lam, config.episodes, test, key, config.test_episodes, steps)
     assert interval(found[:, -1]) | {"steps": steps} == summary["test"]

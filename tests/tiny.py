@@ -145,9 +145,9 @@ def put_bomb(target, count):
 
 def main(target, count, *arguments):
     from hyperax import cli
-    from hyperax.experiments import few_shot
+    from hyperax.experiments import preparing
 
-    few_shot._NETWORKS["omniglot"] = Network
+    preparing._NETWORKS["omniglot"] = Network
     if target == "half a record":
         RunFolder._append = write_half_a_record
     elif target != "-":

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import optax
 
 from hyperax.fewshot.datasets import Glyphs, ImageFolder, MiniImageNet, Omniglot
@@ -16,6 +17,8 @@ from hyperax.fewshot.learners.hyper_representation import HyperRepresentation
 Dataset = Omniglot | MiniImageNet | ImageFolder | Glyphs
 
 _DATASETS = {kind.__name__: kind for kind in (Omniglot, MiniImageNet, ImageFolder, Glyphs)}
+
+_PURPOSES = ("initialisation", "training", "validation", "steps", "test", "pairs")
 
 # Two episodes at least, because an interval needs two.
 _LEAST = {"validation_episodes": 2, "test_episodes": 2}
@@ -173,6 +176,10 @@ class FewShotConfig:
         statistics = "episode" if self.statistics == "batch" else self.statistics
         step_size = self.step_size if self.test_step_size is None else self.test_step_size
         return dataclasses.replace(self.training_learner, ways=self.ways, statistics=statistics, step_size=step_size)
+
+    def key(self, purpose: str) -> jax.Array:
+        """The random key for one of the purposes of a run; each has its own, so that none depends on another's use."""
+        return jax.random.fold_in(jax.random.key(self.seed), _PURPOSES.index(purpose))
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with the schedule."""

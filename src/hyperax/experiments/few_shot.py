@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hyperax.checkpoint import Checkpoint
 from hyperax.checks import variables_of
 from hyperax.experiments import environment
 from hyperax.experiments.config import FewShotConfig
+from hyperax.experiments.preparing import MakeNetwork, asks_for_moments, build_network, load_dataset
 from hyperax.experiments.report import write_report
 from hyperax.experiments.run_folder import RunFolder
 from hyperax.fewshot.evaluation import (
@@ -29,18 +29,11 @@ from hyperax.fewshot.evaluation import (
     nearest_neighbour_accuracies,
 )
 from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
-from hyperax.fewshot.layers import own_moments
-from hyperax.fewshot.networks import C4L, Network, OmniglotNet, ResidualNet
+from hyperax.fewshot.networks import Network
 from hyperax.methods import Reverse
 from hyperax.minimize import Solution, minimize
 from hyperax.stopping import Validation
 from hyperax.tasks import mean_over_tasks
-
-MakeNetwork = Callable[[tuple[int, int, int], jax.Array], Network]
-"""(image shape, key) -> a representation."""
-
-_KEYS = ("initialisation", "training", "validation", "steps", "test", "pairs")
-_NETWORKS: dict[str, MakeNetwork] = {"omniglot": OmniglotNet, "c4l": C4L, "rn": ResidualNet}
 
 
 def run(
@@ -74,8 +67,8 @@ def run(
     600
     """
     RunFolder(out).require_unused()
-    dataset = _load(config, data_dir)
-    network = _make(config, dataset.train.image_shape, make_network)
+    dataset = load_dataset(config, data_dir)
+    network = build_network(config, dataset.train.image_shape, make_network)
     variables_of(config.training_learner.lam(network))  # refuses leaves that have no hypergradient
     folder = RunFolder.create(out, config, data_dir)
     return _run(config, folder, dataset, network, optimizer, resume="auto", progress=progress)
@@ -112,8 +105,8 @@ def resume(
     """
     folder, config = RunFolder.open(out)
     name = "auto" if checkpoint is None else folder.checkpoint(checkpoint)
-    dataset = _load(config, data_dir or folder.data_dir())
-    network = _make(config, dataset.train.image_shape, make_network)
+    dataset = load_dataset(config, data_dir or folder.data_dir())
+    network = build_network(config, dataset.train.image_shape, make_network)
     with folder.advice_as_commands():
         return _run(config, folder, dataset, network, optimizer, resume=name, progress=progress)
 
@@ -137,7 +130,7 @@ def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeN
     if not folder.representation.exists():
         raise ValueError(f"{folder.path} has no representation.eqx, so the run has not finished: `hyperax resume` it")
     learner = config.test_learner
-    lam = learner.lam(_make(config, image_shape, make_network))
+    lam = learner.lam(build_network(config, image_shape, make_network))
     try:
         return learner, eqx.tree_deserialise_leaves(folder.representation, lam)
     except Exception as error:  # equinox's own, from NumPy, of many types
@@ -163,13 +156,12 @@ def _run(
     # Now, because files may change while a long run is on.
     where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
     train, validation = (_on_device(part) for part in (dataset.train, dataset.validation))
-    keys = {name: jax.random.fold_in(jax.random.key(config.seed), i) for i, name in enumerate(_KEYS)}
     learner, tested = config.training_learner, config.test_learner
     episodes, most = config.episodes, config.most_inner_steps
 
     def validate(lam: Any) -> tuple[float, dict[str, float]]:
         found = accuracies_by_steps(
-            tested, lam, episodes, validation, keys["validation"], config.validation_episodes, most
+            tested, lam, episodes, validation, config.key("validation"), config.validation_episodes, most
         )
         best = int(np.argmax(found.mean(0)))
         at_best = interval(found[:, best])
@@ -187,7 +179,7 @@ def _run(
         learner.lam(network),
         data=train,
         sample=lambda key, classes: training.sample_many(key, classes, config.tasks),
-        key=keys["training"],
+        key=config.key("training"),
         optimizer=optimizer or config.optimizer(),
         steps=config.hyperiterations,
         constraint=learner.constraint(),
@@ -205,9 +197,9 @@ def _run(
     )
     folder.write_records(solution.history)
     folder.write_representation(solution.lam)
-    pairs = nearest_and_farthest(solution.lam["network"], _on_device(dataset.test), keys["pairs"])
+    pairs = nearest_and_farthest(solution.lam["network"], _on_device(dataset.test), config.key("pairs"))
     np.savez_compressed(folder.path / "pairs.npz", **pairs)  # pyright: ignore[reportArgumentType]
-    summary = _measure(config, dataset, network, solution, keys, validation)
+    summary = _measure(config, dataset, network, solution, validation)
     summary["network"] = {
         "type": type(network).__name__,
         "numbers": sum(x.size for x in jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))),
@@ -228,7 +220,6 @@ def _measure(
     dataset: MetaDataset,
     network: Network,
     solution: Solution,
-    keys: dict[str, jax.Array],
     validation: ImageClasses,
 ) -> dict[str, Any]:
     """Choose T on validation classes, then measure once on the test classes, beside the baselines."""
@@ -237,17 +228,19 @@ def _measure(
 
     def chosen_steps(lam: Any) -> tuple[int, np.ndarray]:
         # Fresh episodes: those of the training's validations have already chosen the iterate.
-        found = accuracies_by_steps(tested, lam, episodes, validation, keys["steps"], config.validation_episodes, most)
+        found = accuracies_by_steps(
+            tested, lam, episodes, validation, config.key("steps"), config.validation_episodes, most
+        )
         return int(np.argmax(found.mean(0))) + 1, found
 
     def on_test(lam: Any, steps: int) -> dict[str, Any]:
-        found = accuracies_by_steps(tested, lam, episodes, test, keys["test"], config.test_episodes, steps)
+        found = accuracies_by_steps(tested, lam, episodes, test, config.key("test"), config.test_episodes, steps)
         return interval(found[:, -1]) | {"steps": steps}
 
     steps, found = chosen_steps(solution.lam)
-    normalised = _asks_for_moments(network, dataset.train.image_shape)
+    normalised = asks_for_moments(network, dataset.train.image_shape)
     untrained = tested.lam(network)
-    nearest = nearest_neighbour_accuracies(episodes, test, keys["test"], config.test_episodes)
+    nearest = nearest_neighbour_accuracies(episodes, test, config.key("test"), config.test_episodes)
     summary = {
         "recipe": config.recipe,
         "title": config.title,
@@ -282,72 +275,6 @@ def _measure(
     if config.learn_step_size:
         summary["step_size"] = float(solution.lam["step_size"])
     return summary
-
-
-def _load(config: FewShotConfig, data_dir: str | None) -> MetaDataset:
-    loaded = config.dataset.load(data_dir)
-    if loaded.provenance.get("split") == "fractions":
-        _check_fractions(config, [part.num_classes for part in loaded.splits.values()])
-    config.training_episodes.check(loaded.train, "the training set")
-    config.episodes.check(loaded.validation, "the validation set")
-    config.episodes.check(loaded.test, "the test set")
-    return loaded
-
-
-def _check_fractions(config: FewShotConfig, counts: list[int]) -> None:
-    """Raise `ValueError`, with fractions that would do, if the drawn parts of a folder have fewer classes than ways."""
-    ways, train_ways = config.ways, config.training_episodes.ways
-    needed = [train_ways, ways, ways]
-    if all(count >= need for count, need in zip(counts, needed, strict=True)):
-        return
-    spare = sum(counts) - sum(needed)
-    parts = f"{ways} classes in each of the three parts" if train_ways == ways else f"{_slashes(needed)} classes"
-    said = (
-        f"{ways}-way episodes{'' if train_ways == ways else f', {train_ways}-way in training,'} need {parts}, so at "
-        f"least {sum(needed)} in all, and this folder has {sum(counts)}, split {_slashes(counts)}"
-    )
-    if spare < 0:
-        raise ValueError(f"{said}: add classes or use fewer ways")
-    # Of n classes, rounding a fraction to so many digits moves neither edge by half a class.
-    digits = len(str(2 * sum(counts)))
-    later = round((ways + spare // 3) / sum(counts), digits)
-    fractions = " ".join(f"{x:.{digits}f}" for x in (1 - 2 * later, later, later))
-    raise ValueError(f"{said}: use --dataset.fractions {fractions} or fewer ways")
-
-
-def _slashes(counts: list[int]) -> str:
-    return "/".join(map(str, counts))
-
-
-def _make(config: FewShotConfig, image_shape: tuple[int, int, int], make_network: MakeNetwork | None) -> Network:
-    name = config.network
-    if name == "auto":
-        name = "c4l" if min(image_shape[:2]) >= 64 else "omniglot"
-    key = jax.random.fold_in(jax.random.key(config.seed), _KEYS.index("initialisation"))
-    network = (make_network or _NETWORKS[name])(image_shape, key)
-    # Its shapes only: a network that does not fit the images is to be refused before the first compilation.
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    shape = " x ".join(map(str, image_shape))
-    words = f"the network {type(network).__name__} does not map images of {shape} to vectors"
-    try:
-        features = eqx.filter_eval_shape(network, images, own_moments)
-    except Exception as error:  # whatever a user's module raises
-        raise ValueError(f"{words}: {str(error).strip().splitlines()[0]}") from error
-    if getattr(features, "ndim", None) != 2 or features.shape[0] != 2:
-        raise ValueError(f"{words}: for 2 images it returns {features}; wrap a module of one image in PerImage")
-    return network
-
-
-def _asks_for_moments(network: Network, image_shape: tuple[int, int, int]) -> bool:
-    """Whether the network normalises by batch statistics at all."""
-    asked = []
-
-    def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        asked.append(x.shape)
-        return own_moments(x)
-
-    eqx.filter_eval_shape(network, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32), moments)
-    return bool(asked)
 
 
 def _on_device(classes: ImageClasses) -> ImageClasses:
