@@ -245,3 +245,26 @@ def test_any_module_is_a_representation(first):
     one = jax.jit(lambda x: module(jnp.transpose(x, (2, 0, 1)) if first else x).ravel())
     np.testing.assert_allclose(got, [one(x) for x in IMAGES], rtol=1e-6)
     np.testing.assert_array_equal(encode(lambda x, moments: x, SUPPORT, QUERY)[1], QUERY)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "cost"),
+    [
+        (OmniglotNet, (28, 28, 1), "2.7 million"),
+        (C4L, (84, 84, 3), "27 million"),
+        (ResidualNet, (84, 84, 3), "1.3 billion"),
+    ],
+)
+def test_the_cost_in_the_docstring_is_that_of_the_convolutions(network, shape, cost, monkeypatch):
+    counted = []
+
+    def count(x, weight, stride):
+        rows, columns = (-(-side // stride) for side in x.shape[1:3])
+        counted.append(rows * columns * weight.size)
+        return jnp.zeros((x.shape[0], rows, columns, weight.shape[-1]), x.dtype)
+
+    monkeypatch.setattr(layers, "convolve", count)
+    network(shape, jax.random.key(0))(jnp.zeros((1, *shape)))
+    number, unit = cost.split()
+    assert sum(counted) == pytest.approx(float(number) * {"million": 1e6, "billion": 1e9}[unit], rel=0.02)
+    assert f"Cost: {cost} multiplications" in network.__doc__

@@ -305,13 +305,13 @@ def test_sessions_add_up_and_repeated_steps_are_read_once(tmp_path):
 )
 def test_damage_is_named(tmp_path, name, content, message):
     folder = write_run(tmp_path, make_records(2), make_summary(), make_pairs())
-    reading.check_run_folder(folder)
+    reading.read_run(folder)
     if content is None:
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        reading.check_run_folder(folder)
+        reading.read_run(folder)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=re.escape(message)):
         figures.save_figures(folder)

@@ -99,8 +99,7 @@ def minimize(
         checkpoint: where and how often to save.
         resume: go on from the newest checkpoint (True; ValueError if there is none), from the newest if there is one
             ("auto"), or from the file of this name ("step-00000400.ckpt").
-        dispatch: the most hyperiterations in one call of compiled code. 1 compiles the step without a loop around it,
-            faster on CPU for some convolutional networks.
+        dispatch: the most hyperiterations in one call of compiled code. 1 compiles the step without a loop around it.
         record_every: hyperiterations per record; values and metrics are averaged over them.
         divergence_factor: |f_T| above this times max(1, |first f_T|) counts as divergence.
         progress: show a live bar (or plain lines outside a terminal).

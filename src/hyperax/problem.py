@@ -81,8 +81,6 @@ class Problem(eqx.Module):
     def start(self, lam: Lam, prepared: Data) -> W:
         """The arrays of w_0 = Phi_0(lam, D): the inner variables. Functions and numbers in a module are not."""
         w = self.init(lam, prepared)
-        if isinstance(w, int | float):
-            return jnp.asarray(w)
         plain = not any(_is_module(node) for node in jax.tree.leaves(w, is_leaf=_is_module))
         return jax.tree.map(jnp.asarray, eqx.filter(w, eqx.is_array_like if plain else eqx.is_array))
 

@@ -50,11 +50,6 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder, config, records, timings, summary, _arrays(folder / "pairs.npz"))
 
 
-def check_run_folder(folder: str | Path) -> None:
-    """Raise `ValueError`, in one sentence, unless a report can be made of this folder."""
-    read_run(folder)
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")

@@ -68,7 +68,7 @@ class C4L(eqx.Module):
         filters: 32 in the papers.
 
     Raises: `ValueError` for images that are too small.
-    Cost: 33 million multiplications an image of 84 x 84.
+    Cost: 27 million multiplications an image of 84 x 84.
     Reference: Franceschi et al. 2018, Sec. 5.2 and App. D; Ravi and Larochelle 2017.
     Do not use it on images below 16 x 16, of which four poolings leave nothing: `OmniglotNet` takes 9 x 9.
 
@@ -121,7 +121,7 @@ class ResidualNet(eqx.Module):
         key: for the Glorot-uniform initialisation.
 
     Raises: `ValueError` for images that are too small.
-    Cost: 1.0 billion multiplications an image of 84 x 84.
+    Cost: 1.3 billion multiplications an image of 84 x 84.
     Reference: Franceschi et al. 2018, App. D, with the 3x3 convolutions of the published code (the appendix prints
     1x1); every weight is learned here, skip convolutions and shifts included.
     Do not use it where time is short: an image costs thirty times one of `C4L`.
