@@ -112,9 +112,9 @@ def _norms(single: HypergradientFunction, lam: Lam, data: Data) -> tuple[Array, 
         w, lengths = single.value(lam, data, single.init(lam, data))[1].state.w, ()
     else:
         state = initial_state(problem, dynamics, lam, prepared)
-        state, _ = advance(problem, dynamics, state, lam, prepared, first=1, last=steps - span - 1)
+        state, _ = advance(problem, dynamics, state, lam, prepared, first=1, steps=steps - span - 1)
         before, early = state.w, steps - span
-        state, seen = advance(problem, dynamics, state, lam, prepared, first=early, last=steps, observe=lambda w: w)
+        state, seen = advance(problem, dynamics, state, lam, prepared, first=early, steps=span + 1, observe=lambda w: w)
         w, at = state.w, lambda i: jax.tree.map(lambda x: x[i], seen)
         lengths = _distance(w, at(-2)), _distance(at(0), before)
     gradient = jax.grad(problem.objective(prepared, max(steps, 1)))(w, lam)

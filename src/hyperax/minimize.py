@@ -127,7 +127,7 @@ def minimize(
     _check(hypergradient, optimizer, validation, callbacks)
     for name, count, least in (("steps", steps, 0), ("dispatch", dispatch, 1), ("record_every", record_every, 1)):
         _check_count(name, count, least)
-    _check_sampling(sample, key)
+    _check_sampling(sample, key, hypergradient)
     _check_resume(checkpoint, resume)
     arrays, fixed = eqx.partition(variables_of(lam), eqx.is_inexact_array)
     sets = free_variables.resolve(constraint, arrays)
@@ -177,9 +177,15 @@ def _check_count(name: str, count: Any, least: int) -> None:
         raise ValueError(f"{name} is {count!r}; use an integer, at least {least}.")
 
 
-def _check_sampling(sample: Any, key: Any) -> None:
+def _check_sampling(sample: Any, key: Any, hypergradient: Any) -> None:
     if not (sample is None or callable(sample)):
         raise ValueError(f"sample is {sample!r}; use a function (key, data) -> data of one hyperiteration.")
+    if sample is not None and getattr(hypergradient, "remembers_tasks", False):
+        raise ValueError(
+            "the method remembers the inner variables of its data from one hyperiteration to the next, and `sample` "
+            "draws other data each time; give it fixed data (mini-batches of the inner steps: Problem.batch), or use "
+            "a method without memory (Reverse, Truncated, Implicit without warm_start)."
+        )
     if sample is not None and key is None:
         raise ValueError("sample needs a key; pass key=jax.random.key(seed).")
     if sample is None and key is not None:

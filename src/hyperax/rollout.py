@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,16 +35,17 @@ def advance(
     lam: Lam,
     prepared: Data,
     *,
-    first: int,
-    last: int,
-    segment: int | None = None,
+    first: int | jax.Array,
+    steps: int,
+    segments: Sequence[int] = (),
     gradient_of: Callable[[Objective], Gradient] = exact_gradient,
     observe: Callable[[W], Any] | None = None,
 ) -> tuple[State, Any]:
-    """Run steps t = first, ..., last and return the last state and the stacked observations of w_t.
+    """Run steps t = first, ..., first + steps - 1 and return the last state and the stacked observations of w_t.
 
-    With `segment`, only the states at the ends of segments are kept for a reverse pass, and the steps inside a segment
-    are run again: memory O(T / segment + segment) states in place of O(T), time one more forward pass.
+    With `segments` = (k,), only the states at the ends of segments of k steps are kept for a reverse pass, and the
+    steps inside a segment are run again: memory O(steps / k + k) states in place of O(steps), time one more forward
+    pass. Further lengths cut each segment again, at one more forward pass each. `first` may be traced.
     """
 
     def step(state: State, t: jax.Array) -> tuple[State, Any]:
@@ -52,19 +53,28 @@ def advance(
         state = dynamics.step(gradient, state, lam, t)
         return state, None if observe is None else observe(state.w)
 
-    times = jnp.arange(first, last + 1)
     _check_step(step, state)
-    if segment is None or segment >= len(times):
+    return _scan(step, state, first + jnp.arange(steps), tuple(segments))
+
+
+def _scan(step: Callable, state: State, times: jax.Array, segments: tuple[int, ...]) -> tuple[State, Any]:
+    """A scan over `times`, cut into segments of the first length, each of them cut again by the other lengths."""
+    if not segments:
         return jax.lax.scan(step, state, times)
+    size, *inner = segments
+    if size >= len(times):
+        return _scan(step, state, times, tuple(inner))
 
     # prevent_cse is for code outside a loop; inside lax.scan it only costs time.
     @partial(jax.checkpoint, prevent_cse=False)
     def run(state: State, times: jax.Array) -> tuple[State, Any]:
-        return jax.lax.scan(step, state, times)
+        return _scan(step, state, times, tuple(inner))
 
-    whole = len(times) // segment * segment
-    state, observed = jax.lax.scan(run, state, times[:whole].reshape(-1, segment))
+    whole = len(times) // size * size
+    state, observed = jax.lax.scan(run, state, times[:whole].reshape(-1, size))
     observed = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), observed)
+    if whole == len(times):
+        return state, observed
     state, remainder = run(state, times[whole:])
     return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), observed, remainder)
 
@@ -106,7 +116,7 @@ def rollout(
     prepared = problem.prepare(lam, data)
     state = initial_state(problem, dynamics, lam, prepared)
     seen = None if observe is None else lambda w: observe(problem.whole(w, lam, prepared))
-    return advance(problem, dynamics, state, lam, prepared, first=1, last=steps, observe=seen)
+    return advance(problem, dynamics, state, lam, prepared, first=1, steps=steps, observe=seen)
 
 
 def check_steps(steps: int, name: str = "steps", lowest: int = 0) -> None:

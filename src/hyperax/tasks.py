@@ -36,6 +36,11 @@ class MeanOverTasks(eqx.Module):
         arrays, rest = eqx.partition(data, eqx.is_array)
         return jax.vmap(lambda task: self.hypergradient.init(lam, eqx.combine(task, rest)))(arrays)
 
+    @property
+    def remembers_tasks(self) -> bool:
+        """Whether a carry belongs to the tasks of the call it came from."""
+        return self.hypergradient.remembers_tasks
+
     def value(self, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
         """(1 / N) sum over j of f_T^j(lam), all tasks in parallel."""
         arrays, rest = eqx.partition(data, eqx.is_array)

@@ -8,6 +8,7 @@ import equinox as eqx
 
 from hyperax.checks import check_problem, variables_of, warn_unused
 from hyperax.dynamics.dynamics import Dynamics
+from hyperax.dynamics.gradient_descent import GradientDescent
 from hyperax.methods.method import Method, Outcome
 from hyperax.problem import Data, Hypergradient, Lam, Problem, Scalar
 
@@ -42,23 +43,31 @@ class HypergradientFunction(eqx.Module):
     def check(self, lam: Lam, data: Data) -> None:
         """Raise `ValueError` for a problem that cannot be differentiated; warn of leaves of lam that nothing uses."""
         check_problem(self.problem, lam, data)
-        warn_unused(lambda x: self.value(x, data, self.init(lam, data))[0], lam)
+        self.method.check(self.problem, self.dynamics, lam, data)
+        warn_unused(lambda x: self.method.reached(self.problem, self.dynamics, x, data), lam)
+
+    @property
+    def remembers_tasks(self) -> bool:
+        """Whether a carry belongs to the data of the call it came from."""
+        return self.method.remembers_tasks
 
 
-def hypergradient(problem: Problem, dynamics: Dynamics, method: Method) -> HypergradientFunction:
+def hypergradient(problem: Problem, dynamics: Dynamics | None, method: Method) -> HypergradientFunction:
     """A function (lam, data) -> `Hypergradient`: f_T(lam) and its (approximate) gradient.
 
         f_T(lam) = E(w_T(lam), lam),   w_0 = Phi_0(lam),   w_t = Phi_t(w_{t-1}, lam)
 
     Arguments:
         problem: L, E, Phi_0 and `prepare`.
-        dynamics: Phi_t; `GradientDescent`, `HeavyBall`, `Optax`.
-        method: `Reverse`, `Truncated`, `Forward`, `FirstOrder`.
+        dynamics: Phi_t; `GradientDescent`, `HeavyBall`, `Adam`, `Optax`. `None` for a method that follows none
+            (`ClosedForm`).
+        method: exact for f_T `Reverse`, `Forward`, `Reversible`, `Doubling`; exact for f `ClosedForm`, `Implicit`;
+            approximate `Truncated`, `FirstOrder`, `FiniteDifference`, `EvolutionStrategy`; online `RealTime`.
 
     Returns: a pure function `h = f(lam, data, carry=None)`; `h.value` a scalar, `h.grad` a pytree like lam, `h.state`
     the last state (`h.state.w` is w_T), `h.info["metrics"]` the outer objective's metrics, `h.carry`.
     Raises: `ValueError` when called with lam that has integer leaves or no floats, an inner or outer objective that is
-    not a scalar, a state that changes shape; `UnusedLeafWarning` names leaves of lam that cannot reach f_T.
+    not a scalar, a state that changes shape, or what the method cannot differentiate; `UnusedLeafWarning` names leaves of lam that cannot reach f_T.
     Cost: see the method. The first call compiles; later calls with the same shapes do not trace again.
     Reference: Franceschi et al. 2018, eq. 5-6; Algorithm 1.
 
@@ -73,6 +82,8 @@ def hypergradient(problem: Problem, dynamics: Dynamics, method: Method) -> Hyper
     >>> print(f"{h.state.w:.3f} {h.value:.3f} {h.grad:.3f}")
     2.000 1.000 -2.667
     """
+    if dynamics is None and isinstance(method, Method) and not method.needs_dynamics:
+        dynamics = GradientDescent(0.0)  # w stays at w_0: the method does not move it
     for name, noun, kind in (
         ("problem", problem, Problem),
         ("dynamics", dynamics, Dynamics),
@@ -82,6 +93,7 @@ def hypergradient(problem: Problem, dynamics: Dynamics, method: Method) -> Hyper
             raise ValueError(
                 f"{name} must be a {kind.__name__}, not {type(noun).__name__}: hypergradient(problem, dynamics, method)"
             )
+    assert dynamics is not None
     return HypergradientFunction(problem, dynamics, method)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 
 from hyperax.dynamics.dynamics import Dynamics, Gradient, State
 from hyperax.problem import Data, Lam, Problem, Scalar
@@ -28,11 +30,21 @@ class Method(eqx.Module):
     """How f_T is differentiated: a value whose derivative is the hypergradient, and the mode to take it in.
 
     `value` computes f_T(lam) such that differentiating it gives the method's hypergradient (the exact one, or an
-    approximation made by detaching); `differentiate` says in which mode. Neither knows of tasks: the mean over tasks
-    is taken between the two, so that one backward pass serves all of them.
+    approximation made by detaching, or one that the method computes itself: `with_gradient`); `differentiate` says in
+    which mode. Neither knows of tasks: the mean over tasks is taken between the two, so that one backward pass serves
+    all of them. What a method computes itself is a constant of the derivative: only where `value` is differentiated as
+    it stands (`Reverse`, `Forward`, `ClosedForm`, `Doubling`) are second derivatives right.
 
     Reference: Franceschi et al. 2018, Sec. 2.3 and Algorithm 1.
     """
+
+    needs_dynamics: ClassVar[bool] = True
+    """Whether the method follows a dynamics; if not, `hypergradient` accepts `None` for it."""
+
+    @property
+    def remembers_tasks(self) -> bool:
+        """Whether the carry belongs to the data of the last call (its inner variables, say): no use with other data."""
+        return False
 
     @abstractmethod
     def value(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
@@ -41,6 +53,13 @@ class Method(eqx.Module):
     def init(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data) -> Any:
         """The first carry; `()` for methods that remember nothing between hyperiterations."""
         return ()
+
+    def check(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data) -> None:
+        """Raise `ValueError`, with the alternative, for what this method cannot differentiate; reads traces only."""
+
+    def reached(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data) -> Scalar:
+        """A value that depends on lam along the paths that the method sees; leaves that do not reach it are named."""
+        return self.value(problem, dynamics, lam, data, self.init(problem, dynamics, lam, data))[0]
 
     def differentiate(self, function: ValueFunction, lam: Lam) -> tuple[tuple[Scalar, Outcome], Lam]:
         """((f_T, outcome), hypergradient), by reverse mode: its cost does not depend on the size of lam."""
@@ -55,14 +74,38 @@ def unrolled_value(
     data: Data,
     carry: Any,
     *,
-    segment: int | None = None,
+    segments: Sequence[int] = (),
     gradient_of: Callable[[Objective], Gradient] = exact_gradient,
 ) -> tuple[Scalar, Outcome]:
     """f_T(lam) by running all T steps, every dependence on lam left in place: what the exact methods differentiate."""
     prepared = problem.prepare(lam, data)
     state = initial_state(problem, dynamics, lam, prepared)
     state, _ = advance(
-        problem, dynamics, state, lam, prepared, first=1, last=steps, segment=segment, gradient_of=gradient_of
+        problem, dynamics, state, lam, prepared, first=1, steps=steps, segments=segments, gradient_of=gradient_of
     )
     value, metrics = problem.evaluate(state.w, lam, prepared)
     return value, Outcome(state, {"metrics": metrics}, carry)
+
+
+def detach(tree: Any) -> Any:
+    """The tree as constants of the derivative."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
+
+
+def with_gradient(value: Scalar, at: Any, gradient: Any) -> Scalar:
+    """The value, to which `gradient` is added as a derivative with respect to the tree `at`.
+
+        value + <gradient, at - constant(at)>,   so its derivative is that of `value` plus gradient^T d at
+
+    Arguments:
+        value: detached where `gradient` already counts its derivative.
+        at: any pytree; only its floating-point arrays count.
+        gradient: a pytree like the floating-point arrays of `at` (`None` elsewhere).
+
+    In mean_over_tasks the derivative passes on through `at` (the features that `prepare` computes), in one backward
+    pass for all tasks.
+    """
+    points = jax.tree.leaves(eqx.filter(at, eqx.is_inexact_array))
+    for point, slope in zip(points, jax.tree.leaves(gradient), strict=True):
+        value = value + jnp.sum(jax.lax.stop_gradient(slope) * (point - jax.lax.stop_gradient(point)))
+    return value

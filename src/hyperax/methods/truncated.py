@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
-import jax
-
 from hyperax.dynamics.dynamics import Dynamics
-from hyperax.methods.method import Method, Outcome
+from hyperax.methods.method import Method, Outcome, detach
 from hyperax.problem import Data, Lam, Problem, Scalar
 from hyperax.rollout import advance, check_steps, initial_state
 
@@ -49,14 +46,10 @@ class Truncated(Method):
         if detached == 0:
             state = initial_state(problem, dynamics, lam, prepared)
         else:
-            fixed_lam, fixed_data = _detach(lam), _detach(prepared)
+            fixed_lam, fixed_data = detach(lam), detach(prepared)
             state = initial_state(problem, dynamics, fixed_lam, fixed_data)
-            state, _ = advance(problem, dynamics, state, fixed_lam, fixed_data, first=1, last=detached)
-            state = _detach(state)
-        state, _ = advance(problem, dynamics, state, lam, prepared, first=detached + 1, last=self.steps)
+            state, _ = advance(problem, dynamics, state, fixed_lam, fixed_data, first=1, steps=detached)
+            state = detach(state)
+        state, _ = advance(problem, dynamics, state, lam, prepared, first=detached + 1, steps=self.window)
         value, metrics = problem.evaluate(state.w, lam, prepared)
         return value, Outcome(state, {"metrics": metrics}, carry)
-
-
-def _detach(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
