@@ -67,7 +67,8 @@ def hypergradient(problem: Problem, dynamics: Dynamics | None, method: Method) -
     Returns: a pure function `h = f(lam, data, carry=None)`; `h.value` a scalar, `h.grad` a pytree like lam, `h.state`
     the last state (`h.state.w` is w_T), `h.info["metrics"]` the outer objective's metrics, `h.carry`.
     Raises: `ValueError` when called with lam that has integer leaves or no floats, an inner or outer objective that is
-    not a scalar, a state that changes shape, or what the method cannot differentiate; `UnusedLeafWarning` names leaves of lam that cannot reach f_T.
+    not a scalar, a state that changes shape, or what the method cannot differentiate; `UnusedLeafWarning` names leaves
+    of lam that cannot reach f_T.
     Cost: see the method. The first call compiles; later calls with the same shapes do not trace again.
     Reference: Franceschi et al. 2018, eq. 5-6; Algorithm 1.
 

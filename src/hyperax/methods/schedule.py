@@ -79,12 +79,11 @@ def cheapest(steps: int, sizes: StepSize, budget: int) -> Schedule:
     """
     if steps * sizes.step <= budget:
         return Schedule((), steps * sizes.step)
-    best = Schedule((), steps * sizes.step)
-    for levels in range(1, max(2, steps.bit_length() + 1)):
-        found = _least(steps, levels, sizes)
+    best, levels = Schedule((), steps * sizes.step), 1
+    while (found := _least(steps, levels, sizes)).bytes < best.bytes:
         if found.bytes <= budget:
             return found
-        best = min(best, found, key=lambda schedule: schedule.bytes)
+        best, levels = found, levels + 1
     raise ValueError(
         f"a reverse pass through {steps} steps needs {best.bytes:,} bytes at least ({sizes.state:,} for a state, "
         f"{sizes.step:,} for a step), and memory is {budget:,}: give it more, or use Forward (few hyperparameters), "
