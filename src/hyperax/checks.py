@@ -102,13 +102,18 @@ def check_problem(problem: Problem, lam: Lam, data: Data) -> None:
             )
 
 
-def warn_unused(value: Callable[[Lam], Any], lam: Lam) -> None:
-    """Warn of every leaf of lam that does not reach value(lam) along a differentiable path."""
+def unused_leaves(value: Callable[[Lam], Any], lam: Lam) -> list[str]:
+    """The names of the leaves of lam that do not reach value(lam) along a differentiable path; reads its trace."""
     variables, constants = eqx.partition(lam, eqx.is_inexact_array)
     jaxpr = jax.make_jaxpr(lambda x: value(eqx.combine(x, constants)))(variables).jaxpr
-    reaching = _reaching(jaxpr, [{i} for i in range(len(jaxpr.invars))])[0]
+    found = reaching(jaxpr, [{i} for i in range(len(jaxpr.invars))])[0]
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
-    unused = [leaf_name("lam", path) for i, path in enumerate(paths) if i not in reaching]
+    return [leaf_name("lam", path) for i, path in enumerate(paths) if i not in found]
+
+
+def warn_unused(value: Callable[[Lam], Any], lam: Lam) -> None:
+    """Warn of every leaf of lam that does not reach value(lam) along a differentiable path."""
+    unused = unused_leaves(value, lam)
     if unused:
         one = len(unused) == 1
         warnings.warn(
@@ -120,7 +125,7 @@ def warn_unused(value: Callable[[Lam], Any], lam: Lam) -> None:
         )
 
 
-def _reaching(jaxpr: Any, inputs: list[set[int]]) -> list[set[int]]:
+def reaching(jaxpr: Any, inputs: list[set[int]]) -> list[set[int]]:
     """For each output of a jaxpr the set of labels that reach it, given the labels at its inputs."""
     labels: dict[Any, set[int]] = dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: set() if hasattr(atom, "val") else labels.get(atom, set())
@@ -142,7 +147,7 @@ def _through(equation: Any, arguments: list[set[int]]) -> list[set[int]]:
         if parameters["length"] == 0:  # no step: what is carried comes out as it went in
             return [*arguments[constants : constants + carried], *(set() for _ in equation.outvars[carried:])]
         while True:  # labels only grow, so this ends
-            outputs = _reaching(body, arguments)
+            outputs = reaching(body, arguments)
             grown = [a | b for a, b in zip(arguments[constants : constants + carried], outputs[:carried], strict=True)]
             if grown == arguments[constants : constants + carried]:
                 return outputs
@@ -151,7 +156,7 @@ def _through(equation: Any, arguments: list[set[int]]) -> list[set[int]]:
         inner = parameters.get(key)
         inner = getattr(inner, "jaxpr", inner)
         if inner is not None and len(inner.invars) == len(arguments) and len(inner.outvars) == len(equation.outvars):
-            return _reaching(inner, arguments)
+            return reaching(inner, arguments)
     # Any other operation, loops and branches included: whatever goes in may come out.
     union = set().union(*arguments)
     return [union for _ in equation.outvars]

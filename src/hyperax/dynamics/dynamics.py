@@ -70,6 +70,11 @@ def evaluate_setting(setting: Setting, lam: Lam, t: Step) -> PyTree:
     return function(lam) if _arity(function) == 1 else function(lam, t)
 
 
+def depends_on_step(setting: Setting) -> bool:
+    """Whether a setting is a function of (lam, t)."""
+    return callable(setting) and _arity(setting) == 2
+
+
 def _arity(function: Callable) -> int:
     # Optional arguments are the function's own business: only what must be given counts.
     try:

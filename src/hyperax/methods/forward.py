@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -35,6 +35,7 @@ class Forward(Method):
 
     steps: int
     chunk: int | None = None
+    differentiates: ClassVar = "f_T"
 
     def __check_init__(self):
         check_steps(self.steps)

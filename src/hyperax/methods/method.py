@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -40,6 +40,9 @@ class Method(eqx.Module):
 
     needs_dynamics: ClassVar[bool] = True
     """Whether the method follows a dynamics; if not, `hypergradient` accepts `None` for it."""
+
+    differentiates: ClassVar[Literal["f_T", "f", "approximately", "online"]] = "approximately"
+    """What the method claims, for `certify`: the gradient of f_T, of f, one near that of f_T, or one on the way."""
 
     @property
     def remembers_tasks(self) -> bool:
@@ -82,6 +85,32 @@ def unrolled_value(
     state = initial_state(problem, dynamics, lam, prepared)
     state, _ = advance(
         problem, dynamics, state, lam, prepared, first=1, steps=steps, segments=segments, gradient_of=gradient_of
+    )
+    value, metrics = problem.evaluate(state.w, lam, prepared)
+    return value, Outcome(state, {"metrics": metrics}, carry)
+
+
+def truncated_value(
+    problem: Problem,
+    dynamics: Dynamics,
+    steps: int,
+    window: int,
+    lam: Lam,
+    data: Data,
+    carry: Any,
+    *,
+    gradient_of: Callable[[Objective], Gradient] = exact_gradient,
+) -> tuple[Scalar, Outcome]:
+    """f_T(lam) with the first T - K steps detached from lam; of the last K, `gradient_of` is differentiated."""
+    prepared = problem.prepare(lam, data)
+    detached = steps - window
+    before = (detach(lam), detach(prepared)) if detached else (lam, prepared)
+    state = initial_state(problem, dynamics, *before)
+    if detached:
+        state, _ = advance(problem, dynamics, state, *before, first=1, steps=detached)
+        state = detach(state)
+    state, _ = advance(
+        problem, dynamics, state, lam, prepared, first=detached + 1, steps=window, gradient_of=gradient_of
     )
     value, metrics = problem.evaluate(state.w, lam, prepared)
     return value, Outcome(state, {"metrics": metrics}, carry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -46,6 +46,7 @@ class Reverse(Method):
     steps: int
     segment: int | Literal["sqrt"] | None = None
     memory: int | str | None = None
+    differentiates: ClassVar = "f_T"
 
     def __check_init__(self):
         check_steps(self.steps)

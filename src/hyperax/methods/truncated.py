@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hyperax.dynamics.dynamics import Dynamics
-from hyperax.methods.method import Method, Outcome, detach
+from hyperax.methods.method import Method, Outcome, truncated_value
 from hyperax.problem import Data, Lam, Problem, Scalar
-from hyperax.rollout import advance, check_steps, initial_state
+from hyperax.rollout import check_steps
 
 
 class Truncated(Method):
@@ -41,15 +41,4 @@ class Truncated(Method):
 
     def value(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
         """f_T(lam), with the first T - K steps detached from lam."""
-        prepared = problem.prepare(lam, data)
-        detached = self.steps - self.window
-        if detached == 0:
-            state = initial_state(problem, dynamics, lam, prepared)
-        else:
-            fixed_lam, fixed_data = detach(lam), detach(prepared)
-            state = initial_state(problem, dynamics, fixed_lam, fixed_data)
-            state, _ = advance(problem, dynamics, state, fixed_lam, fixed_data, first=1, steps=detached)
-            state = detach(state)
-        state, _ = advance(problem, dynamics, state, lam, prepared, first=detached + 1, steps=self.window)
-        value, metrics = problem.evaluate(state.w, lam, prepared)
-        return value, Outcome(state, {"metrics": metrics}, carry)
+        return truncated_value(problem, dynamics, self.steps, self.window, lam, data, carry)
