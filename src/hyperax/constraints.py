@@ -1,13 +1,13 @@
 """The set Lambda of the outer variables: "where may lam go?", kept by a change of variables or by projection.
 
-Every set works on one whole leaf of lam at a time, so a set that couples the entries of a leaf (a simplex) fits the
+Every set works on one whole leaf of lam at a time, so a set that couples the entries of a leaf (`simplex.py`) fits the
 same five operations as one that does not.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import TypeAlias, final
+from typing import ClassVar, TypeAlias, final
 
 import equinox as eqx
 import jax
@@ -27,12 +27,19 @@ class Constraint(eqx.Module):
         lam = forward(u),   grad_u f = J_forward(u)^T grad_lam f
 
     By projection (`Projected(set)`) it moves lam itself, and each update ends at the nearest point of the set.
-    The hypergradient that a method computes is with respect to lam in both; only what the optimizer sees differs.
+    A method computes grad_lam f in the ambient space, as if there were no set, in both; only what the optimizer sees
+    differs. A solution has J_forward(u)^T grad_lam f = 0 by bijection, lam = project(lam - grad_lam f) by projection.
 
     Cost: one elementwise pass over the leaf; nothing next to one hypergradient.
     Reference: Franceschi et al. 2018 (ICML), the set Lambda of eq. 1.
     Do not use a bijection where the optimum is on the border (u runs to infinity, ever more slowly): project there.
     """
+
+    couples: ClassVar[bool] = False
+    """Whether the set couples the entries of a leaf, so that none is inside on its own."""
+
+    bijective: ClassVar[bool] = True
+    """Whether there is a bijection; without one the set is for `Projected` alone."""
 
     @abc.abstractmethod
     def forward(self, u: Leaf) -> Leaf:
@@ -192,10 +199,11 @@ class Projected(Constraint):
     Arguments:
         set: the set, for instance `Box(0.0, 1.0)`.
 
-    lam may start, and end, on the border. At an optimum on the border the hypergradient is not zero; what `minimize`
-    records as `gradient_norm` is the norm of lam - project(lam - grad), which is.
+    lam may start, and end, on the border. The optimizer sees the hypergradient grad as it is, in the ambient space. At
+    an optimum on the border it is not zero; what `minimize` records as `gradient_norm` is the norm of
+    lam - project(lam - grad), which is.
 
-    Cost: elementwise.
+    Cost: that of the set's projection: elementwise, or a sort (`Simplex`, `CappedSimplex`).
     Do not use it with an optimizer that rescales entries (Adam) and a set that couples them: the projection is
     Euclidean, the update is not.
 

@@ -37,7 +37,7 @@ def resolve(constraint: PyTree, lam: PyTree) -> Sets:
         if leaves and not (entry is None or isinstance(entry, Constraint)):
             raise ValueError(
                 f"constraint{jax.tree_util.keystr(path)} is {entry!r}; use a set (Positive(), Box(low, high), "
-                "UnitInterval(), Projected(...)) or None for no constraint."
+                "UnitInterval(), Simplex(), Projected(...)) or None for no constraint."
             )
         if not leaves and isinstance(entry, Constraint):
             raise ValueError(
@@ -65,18 +65,26 @@ def resolve(constraint: PyTree, lam: PyTree) -> Sets:
 
 
 def _require_inside(entry: Constraint, leaf: Array, name: str) -> None:
+    if not entry.bijective:
+        raise ValueError(f"{entry!r} for {name}: the set has no bijection; keep lam in it by Projected({entry!r}).")
     try:
         inside = np.asarray(jnp.broadcast_to(entry.interior(leaf), leaf.shape))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{entry!r} does not broadcast to {name} of shape {leaf.shape}: {error}") from None
     if inside.all():
         return
-    index = cast(tuple[int, ...], tuple(int(i) for i in np.argwhere(~inside)[0]))
-    where = f"{name}[{', '.join(map(str, index))}]" if index else name
     if isinstance(entry, Projected):
         advice = f"start inside it, for instance at {entry.set!r}.project(lam)"
     else:
         advice = f"start strictly inside, or keep it there by projection: Projected({entry!r})"
+    if (entry.set if isinstance(entry, Projected) else entry).couples:
+        found = np.asarray(leaf)
+        raise ValueError(
+            f"{name}, with entries from {found.min():.6g} to {found.max():.6g} and sum {found.sum():.9g}, is not "
+            f"inside {entry!r}; {advice}."
+        )
+    index = cast(tuple[int, ...], tuple(int(i) for i in np.argwhere(~inside)[0]))
+    where = f"{name}[{', '.join(map(str, index))}]" if index else name
     raise ValueError(f"{where} = {leaf[index]} is not inside {entry!r}; {advice}.")
 
 
