@@ -74,6 +74,7 @@ def dynamics_table(lam_of: Any) -> dict[str, hx.Dynamics]:
     return {
         "GradientDescent": hx.GradientDescent(lambda lam, t: rates(lam) * (1.0 + jnp.sum(memory(lam)) / t)),
         "HeavyBall": hx.HeavyBall(rates, lambda lam, t: memory(lam)[0] * (1.0 - memory(lam)[1] / (t + 1))),
+        "Adam": hx.Adam(rates, lambda lam: memory(lam)[0], lambda lam, t: memory(lam)[1] ** (1.0 / t), eps=0.1),
         "Optax(adam)": hx.Optax(adam),
         "Optax(sgd)": hx.Optax(lambda lam: optax.sgd(jnp.sum(rates(lam)) / 3, momentum=memory(lam)[0])),
     }

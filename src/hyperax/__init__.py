@@ -10,11 +10,29 @@ from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
 from hyperax.constraints import Box, Constraint, Positive, Projected, UnitInterval
 from hyperax.diagnostics import Diagnosis, diagnose
-from hyperax.dynamics import Dynamics, GradientDescent, HeavyBall, Optax, State
-from hyperax.methods import FirstOrder, Forward, Method, Reverse, Truncated, hypergradient
+from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, Optax, State
+from hyperax.linear_solvers import ConjugateGradient, FixedPoint, Neumann, Nystrom
+from hyperax.methods import (
+    ClosedForm,
+    Doubling,
+    EvolutionStrategy,
+    ExponentialTolerance,
+    FiniteDifference,
+    FirstOrder,
+    Forward,
+    Implicit,
+    Method,
+    PolynomialTolerance,
+    RealTime,
+    Reverse,
+    Reversible,
+    Truncated,
+    hypergradient,
+)
 from hyperax.minimize import Solution, minimize
 from hyperax.problem import Hypergradient, Problem
 from hyperax.rollout import rollout
+from hyperax.simplex import CappedSimplex, Simplex
 from hyperax.stopping import DivergenceWarning, GradientTolerance, Plateau, Progress, Validation
 from hyperax.tasks import TASKS, mean_over_tasks
 
@@ -22,26 +40,42 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TASKS",
+    "Adam",
     "Box",
+    "CappedSimplex",
     "Checkpoint",
+    "ClosedForm",
+    "ConjugateGradient",
     "Constraint",
     "Diagnosis",
     "DivergenceWarning",
+    "Doubling",
     "Dynamics",
+    "EvolutionStrategy",
+    "ExponentialTolerance",
+    "FiniteDifference",
     "FirstOrder",
+    "FixedPoint",
     "Forward",
     "GradientDescent",
     "GradientTolerance",
     "HeavyBall",
     "Hypergradient",
+    "Implicit",
     "Method",
+    "Neumann",
+    "Nystrom",
     "Optax",
     "Plateau",
+    "PolynomialTolerance",
     "Positive",
     "Problem",
     "Progress",
     "Projected",
+    "RealTime",
     "Reverse",
+    "Reversible",
+    "Simplex",
     "Solution",
     "State",
     "Truncated",
