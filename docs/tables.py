@@ -20,8 +20,7 @@ def results() -> str:
         "| run (unseen classes, disjoint sets) | accuracy | nearest neighbour, pixels | untrained | paper¹ |",
         "|---|---|---|---|---|",
     ]
-    for path in sorted((ROOT / "results").glob("*/summary.json")):
-        run = json.loads(path.read_text())
+    for path, run in _few_shot_runs():
         test, baselines = run["test"], run["baselines"]
         paper = f"{100 * run['paper']['accuracy']:.1f}" if run["paper"] else ""
         lines.append(
@@ -35,8 +34,7 @@ def results() -> str:
 def runs() -> str:
     """Where and how each number was measured."""
     lines = []
-    for path in sorted((ROOT / "results").glob("*/summary.json")):
-        run = json.loads(path.read_text())
+    for path, run in _few_shot_runs():
         lines.append(
             f"- `hyperax run {run['recipe']} --seed {run['seed']}`: {run['hyperiterations']} hyperiterations in "
             f"{run['timing']['seconds'] / 60:.0f} minutes, T = {run['test']['steps']} chosen on validation classes, "
@@ -66,6 +64,12 @@ def miniimagenet() -> str:
         f"{run['hyperiterations']} ({run['machine']}, commit {run['commit']}); the full training of "
         f"{run['recipe']} has not been run: it is for an accelerator."
     )
+
+
+def _few_shot_runs() -> list[tuple[Path, dict]]:
+    """The committed summaries of this kind; those of other kinds name theirs."""
+    found = [(path, json.loads(path.read_text())) for path in sorted((ROOT / "results").glob("*/summary.json"))]
+    return [(path, run) for path, run in found if "kind" not in run]
 
 
 def _percent(score: dict[str, float]) -> str:

@@ -251,7 +251,7 @@ def test_help(words, capsys):
 def test_list(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 14
+    assert len(lines) == len(experiments.recipes())
     assert any("omniglot-5way-1shot " in line and "98.60 % in Franceschi" in line for line in lines)
 
 

@@ -87,14 +87,13 @@ def _refuse(message: str) -> int:
 
 
 def _list(words: list[str]) -> int:
-    from hyperax.experiments import recipes
+    from hyperax.experiments import kind_of, recipes
 
     if words:
         raise ValueError(f"hyperax list takes nothing else, not {' '.join(words)}")
     for name, config in recipes().items():
-        published = config.published
-        number = f"   {100 * published.accuracy:.2f} % in {published.source}" if published else ""
-        print(f"{name:27} {config.title}{number}")
+        number = kind_of(config).published(config)
+        print(f"{name:27} {config.title}{f'   {number}' if number else ''}")
     return 0
 
 
@@ -122,7 +121,7 @@ def _finish(out: str, work: Any) -> int:
     import warnings
     from pathlib import Path
 
-    from hyperax.experiments.report import format_table
+    from hyperax.experiments import format_table
     from hyperax.stopping import DivergenceWarning
 
     try:
@@ -142,7 +141,7 @@ def _finish(out: str, work: Any) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from hyperax.experiments.report import write_report
+    from hyperax.experiments import write_report
 
     out, words = _first(words, "hyperax report DIR")
     if words:
@@ -152,7 +151,7 @@ def _report(words: list[str]) -> int:
 
 
 def _data(words: list[str]) -> int:
-    from hyperax.experiments import recipes
+    from hyperax.experiments import FewShotConfig, recipes
     from hyperax.fewshot.datasets import describe, fetch
 
     action, words = _first(words, "hyperax data fetch NAME, or hyperax data show NAME")
@@ -164,7 +163,8 @@ def _data(words: list[str]) -> int:
         for path in fetch(name, download.data_dir):
             print(path)
         return 0
-    configs = {type(config.dataset).__name__.lower(): config.dataset for config in recipes().values()}
+    datasets = [config.dataset for config in recipes().values() if isinstance(config, FewShotConfig)]
+    configs = {type(dataset).__name__.lower(): dataset for dataset in datasets}
     if name.lower() not in configs:
         raise ValueError(f"there is no data set {name!r}: use {', '.join(configs)}")
     download, dataset = _parse(words, f"hyperax data show {name}", download=Download(), dataset=configs[name.lower()])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BLUE, _RED, _GREEN, _GREY, _INK = "#0072b2", "#d55e00", "#009e73", "#8a8f98", "#24292f"  # Okabe and Ito, and greys
+BLUE, RED, GREEN, GREY, INK = "#0072b2", "#d55e00", "#009e73", "#8a8f98", "#24292f"  # Okabe and Ito, and greys
 _WIDTH, _DOTS_PER_INCH = 7.0, 140  # text stays legible when a page shrinks a figure to 700 pixels
 
 
@@ -45,37 +45,37 @@ def training_curves(records: list[dict[str, Any]]) -> Figure:
     validations = _series(records, lambda record: 100 * record["validation"]["accuracy"])
     intervals = _series(records, lambda record: 100 * (record["validation"].get("ci95") or 0.0))[1]
     heights = [2.1, 2.6] + [1.3] * (len(step_sizes[0]) > 0)
-    figure = _figure(sum(heights))
+    figure = new_figure(sum(heights))
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
     values = _series(records, lambda record: record["value"])
-    _curve(panels[0], *values, _BLUE, "training episodes")
+    _curve(panels[0], *values, BLUE, "training episodes")
     if values[1].size and 0 < 5 * values[1].min() < values[1].max():
         panels[0].set_yscale("log")
         panels[0].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         panels[0].yaxis.set_major_formatter("{x:g}")
         panels[0].yaxis.set_minor_locator(NullLocator())
-    _style(panels[0], ylabel="outer objective $f_T$")
+    style(panels[0], ylabel="outer objective $f_T$")
 
-    _curve(panels[1], *accuracies, _BLUE, "training episodes")
+    _curve(panels[1], *accuracies, BLUE, "training episodes")
     if validations[0].size:
-        panels[1].plot(*validations, color=_RED, linewidth=1.8, marker="o", markersize=3, label="validation classes")
+        panels[1].plot(*validations, color=RED, linewidth=1.8, marker="o", markersize=3, label="validation classes")
         low, high = validations[1] - intervals, np.minimum(validations[1] + intervals, 100)
-        panels[1].fill_between(validations[0], low, high, color=_RED, alpha=0.2, linewidth=0)
+        panels[1].fill_between(validations[0], low, high, color=RED, alpha=0.2, linewidth=0)
     best = best_record(records)
     if best is not None:
         for panel in panels:
-            panel.axvline(best["step"], color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            panel.axvline(best["step"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         top = 100 * best["validation"]["accuracy"] if "validation" in best else 100 * (1 - best["score"])
         label = f"best iterate: {top:.4g} % at {best['step']:,}"
-        panels[1].plot(best["step"], top, "D", color=_INK, markersize=5.5, markerfacecolor="white", label=label)
+        panels[1].plot(best["step"], top, "D", color=INK, markersize=5.5, markerfacecolor="white", label=label)
     _accuracy_axis(panels[1], np.concatenate([accuracies[1], validations[1]]))
-    _style(panels[1], ylabel="accuracy (%)")
-    _legend(panels[1], "lower right")
+    style(panels[1], ylabel="accuracy (%)")
+    legend(panels[1], "lower right")
     if len(heights) == 3:
-        _curve(panels[2], *step_sizes, _GREEN, "")
-        _style(panels[2], ylabel=r"step size $\eta$")
-    panels[-1].set_xlabel("hyperiteration", color=_INK)
+        _curve(panels[2], *step_sizes, GREEN, "")
+        style(panels[2], ylabel=r"step size $\eta$")
+    panels[-1].set_xlabel("hyperiteration", color=INK)
     panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
@@ -96,20 +96,20 @@ def validation_of_steps(entries: list[dict[str, Any]], chosen: int | None, train
     steps, accuracies, intervals = np.array(
         [(entry["steps"], 100 * entry["accuracy"], 100 * (entry.get("ci95") or 0.0)) for entry in entries]
     ).T
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axes = figure.subplots()
-    axes.plot(steps, accuracies, color=_RED, linewidth=1.4, alpha=0.6, zorder=2)
-    axes.errorbar(steps, accuracies, intervals, fmt="o", color=_RED, markersize=5, elinewidth=1.2, capsize=3, zorder=3)
+    axes.plot(steps, accuracies, color=RED, linewidth=1.4, alpha=0.6, zorder=2)
+    axes.errorbar(steps, accuracies, intervals, fmt="o", color=RED, markersize=5, elinewidth=1.2, capsize=3, zorder=3)
     if training is not None:
-        axes.axvline(training, color=_GREY, linewidth=1.4, linestyle=(0, (4, 3)), label=f"T in training: {training}")
+        axes.axvline(training, color=GREY, linewidth=1.4, linestyle=(0, (4, 3)), label=f"T in training: {training}")
     for at in np.flatnonzero(steps == chosen):
         label = f"chosen T = {chosen}: {accuracies[at]:.4g} %"
         axes.plot(
-            steps[at], accuracies[at], "o", color=_INK, markersize=12, markerfacecolor="none", label=label, zorder=4
+            steps[at], accuracies[at], "o", color=INK, markersize=12, markerfacecolor="none", label=label, zorder=4
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    _style(axes, ylabel="validation accuracy (%)", xlabel="inner steps $T$")
-    _legend(axes, "best")
+    style(axes, ylabel="validation accuracy (%)", xlabel="inner steps $T$")
+    legend(axes, "best")
     return figure
 
 
@@ -123,28 +123,28 @@ def comparison(rows: list[tuple[str, dict[str, Any]]], chance: float | None = No
 
     Reference: Franceschi et al. 2018, Table 3.
     """
-    figure = _figure(0.75 + 0.45 * len(rows))
+    figure = new_figure(0.75 + 0.45 * len(rows))
     axes = figure.subplots()
     for at, (name, score) in enumerate(rows):
         accuracy, interval = 100 * score["accuracy"], 100 * (score.get("ci95") or 0.0)
-        face, hatch = (_BLUE, None) if at == 0 else ("white", "////") if name == "paper" else ("#a9b4c0", None)
+        face, hatch = (BLUE, None) if at == 0 else ("white", "////") if name == "paper" else ("#a9b4c0", None)
         axes.barh(
-            at, accuracy, 0.62, color=face, hatch=hatch, edgecolor=_GREY if hatch else face, linewidth=0.8, zorder=2
+            at, accuracy, 0.62, color=face, hatch=hatch, edgecolor=GREY if hatch else face, linewidth=0.8, zorder=2
         )
         if interval:
-            axes.errorbar(accuracy, at, xerr=interval, color=_INK, elinewidth=1.2, capsize=3, zorder=3)
+            axes.errorbar(accuracy, at, xerr=interval, color=INK, elinewidth=1.2, capsize=3, zorder=3)
         text = f"{accuracy:.2f} ± {interval:.2f}" if interval else f"{accuracy:.4g}"
-        axes.text(accuracy + interval + 1.5, at, text, va="center", color=_INK, weight="bold" if at == 0 else "normal")
+        axes.text(accuracy + interval + 1.5, at, text, va="center", color=INK, weight="bold" if at == 0 else "normal")
     if chance is not None:
         axes.axvline(
-            100 * chance, color=_INK, linewidth=1.0, linestyle=":", zorder=4, label=f"chance: {100 * chance:.3g}"
+            100 * chance, color=INK, linewidth=1.0, linestyle=":", zorder=4, label=f"chance: {100 * chance:.3g}"
         )
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, borderaxespad=0.1)
     axes.set_yticks(range(len(rows)), [textwrap.fill(name, 26).replace("$", r"\$") for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 125)
     axes.set_xticks(range(0, 101, 20))
-    _style(axes, xlabel="accuracy on unseen classes (%)", grid="x")
+    style(axes, xlabel="accuracy on unseen classes (%)", grid="x")
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_bounds(0, 100)
     axes.tick_params(axis="y", length=0)
@@ -161,7 +161,7 @@ def nearest_and_farthest(pairs: dict[str, np.ndarray]) -> Figure:
     Reference: Franceschi et al. 2018, Figure 5; Bridge paper 2017, Figure 2.
     """
     index = np.sort(pairs["component_index"])
-    figure = _figure(4.3)
+    figure = new_figure(4.3)
     grid = figure.subplots(2, 3, width_ratios=[1, 3.2, 1], squeeze=False)
     shown = np.stack([pairs[f"{which}_features"][:, index] for which in ("near", "far")])
     margin = 0.06 * (np.ptp(shown) or 1.0)
@@ -169,20 +169,20 @@ def nearest_and_farthest(pairs: dict[str, np.ndarray]) -> Figure:
         grid, ("near", "far"), ("Nearest", "Farthest"), shown, strict=True
     ):
         for axes, image, color, name, x in zip(
-            (left, right), pairs[f"{which}_images"], (_BLUE, _RED), pairs["names"], ("x", "x'"), strict=True
+            (left, right), pairs[f"{which}_images"], (BLUE, RED), pairs["names"], ("x", "x'"), strict=True
         ):
             _image(axes, image, color, f"${x}$: {_label(str(name))}")
         at = np.arange(len(index))
-        for offset, values, color, x in zip((-0.2, 0.2), features, (_BLUE, _RED), ("$h(x)$", "$h(x')$"), strict=True):
+        for offset, values, color, x in zip((-0.2, 0.2), features, (BLUE, RED), ("$h(x)$", "$h(x')$"), strict=True):
             middle.bar(at + offset, values, 0.4, color=color, label=x, zorder=2)
         middle.set_ylim(min(shown.min() - margin, 0.0), shown.max() + margin)
         middle.set_title(
-            rf"{title}: $\|h(x) - h(x')\|$ = {float(pairs[f'{which}_distance']):.3g}", fontsize=10, color=_INK
+            rf"{title}: $\|h(x) - h(x')\|$ = {float(pairs[f'{which}_distance']):.3g}", fontsize=10, color=INK
         )
-        _style(middle, ylabel="feature")
+        style(middle, ylabel="feature")
         middle.set_xticks([])
     total = pairs["near_features"].shape[1]
-    grid[1, 1].set_xlabel(f"{len(index)} of {total} components of $h$, drawn at random", color=_INK, fontsize=9)
+    grid[1, 1].set_xlabel(f"{len(index)} of {total} components of $h$, drawn at random", color=INK, fontsize=9)
     grid[0, 1].legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
     return figure
 
@@ -193,12 +193,14 @@ def save_figures(folder: str | Path) -> list[Path]:
     Raises: `ValueError` for a folder that is not a run folder, or a damaged file in it.
     """
     run = read_run(folder)
-    paths = []
-    for name, figure in _drawn(run):
-        paths.append(run.folder / "figures" / f"{name}.png")
-        paths[-1].parent.mkdir(exist_ok=True)
-        figure.savefig(paths[-1], dpi=_DOTS_PER_INCH, metadata={"Software": None}, pil_kwargs={"optimize": True})
-    return paths
+    return [save(figure, run.folder / "figures" / f"{name}.png") for name, figure in _drawn(run)]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, the same bytes for the same figure, and return its path."""
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return path
 
 
 def _drawn(run: Run) -> Iterator[tuple[str, Figure]]:
@@ -214,7 +216,8 @@ def _drawn(run: Run) -> Iterator[tuple[str, Figure]]:
         yield "pairs", nearest_and_farthest(run.pairs)
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure as wide as a page, `height` inches high."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -223,19 +226,21 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes, xlabel: str = "", ylabel: str = "", grid: Any = "y") -> None:
+def style(axes: Axes, xlabel: str = "", ylabel: str = "", grid: Any = "y") -> None:
+    """The look of all axes."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GREY)
-    axes.tick_params(colors=_INK, labelsize=9, width=0.6, which="both")
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=9, width=0.6, which="both")
     axes.grid(axis=grid, color="#e3e6ea", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
-    axes.set_xlabel(xlabel, color=_INK)
-    axes.set_ylabel(ylabel, color=_INK)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
 
 
-def _legend(axes: Axes, place: Literal["best", "lower right"]) -> None:
+def legend(axes: Axes, place: Literal["best", "lower right"]) -> None:
+    """A legend, if anything has a label."""
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc=place, fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white", labelcolor=_INK)
+        axes.legend(loc=place, fontsize=9, framealpha=0.9, edgecolor="none", facecolor="white", labelcolor=INK)
 
 
 def _series(records: list[dict[str, Any]], read: Callable[[dict[str, Any]], float]) -> tuple[np.ndarray, np.ndarray]:
@@ -275,7 +280,7 @@ def _image(axes: Axes, image: np.ndarray, color: str, name: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set(color=color, linewidth=2.0)
-    axes.set_xlabel(name, color=_INK, fontsize=8)
+    axes.set_xlabel(name, color=INK, fontsize=8)
 
 
 def _accuracy_axis(axes: Axes, values: np.ndarray) -> None:

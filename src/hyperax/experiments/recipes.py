@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 from hyperax.experiments.config import FewShotConfig, Published
+from hyperax.experiments.effect_of_t import EffectOfTConfig
 from hyperax.fewshot.datasets import Glyphs, ImageFolder, MiniImageNet, Omniglot
+
+Config: TypeAlias = FewShotConfig | EffectOfTConfig
+"""A complete configuration, of any kind of experiment."""
 
 _TABLE_3 = "Franceschi et al. 2018, Table 3"
 _TABLE_4 = "Franceschi et al. 2018, Table 4"
@@ -122,7 +127,7 @@ def _folder() -> FewShotConfig:
     )
 
 
-def recipes() -> dict[str, FewShotConfig]:
+def recipes() -> dict[str, Config]:
     """All recipes by name.
 
     Returns: complete configurations, in the order of `hyperax list`.
@@ -130,22 +135,23 @@ def recipes() -> dict[str, FewShotConfig]:
     >>> list(recipes())[:2]
     ['glyphs-5way-1shot', 'omniglot-5way-1shot']
     """
-    found = [
+    found: list[Config] = [
         _glyphs(),
         *(_omniglot(ways, shots) for ways in (5, 20) for shots in (1, 5)),
         *(_omniglot_papers(ways, shots) for ways in (5, 20) for shots in (1, 5)),
         *(_miniimagenet(network, shots) for network in ("c4l", "rn") for shots in (1, 5)),
         _folder(),
+        EffectOfTConfig(),
     ]
     return {config.recipe: config for config in found}
 
 
-def recipe(name: str, **changes: object) -> FewShotConfig:
+def recipe(name: str, **changes: Any) -> Any:
     """The recipe of this name, with some fields changed.
 
     Arguments:
         name: one of `recipes()`.
-        changes: fields of `FewShotConfig`.
+        changes: fields of its configuration, a `FewShotConfig` or that of another kind.
 
     Returns: a complete, frozen configuration.
     Raises: `ValueError` for an unknown recipe, with the nearest names, an unknown field, or a value without sense.
@@ -158,7 +164,7 @@ def recipe(name: str, **changes: object) -> FewShotConfig:
         near = difflib.get_close_matches(name, known, 3, 0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"there is no recipe {name!r}: {hint}")
-    unknown = set(changes) - set(FewShotConfig.__dataclass_fields__)
+    unknown = set(changes) - set(known[name].__dataclass_fields__)
     if unknown:
-        raise ValueError(f"a few-shot recipe has no field {', '.join(sorted(unknown))}")
-    return replace(known[name], **changes)  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"the recipe {name} has no field {', '.join(sorted(unknown))}")
+    return replace(known[name], **changes)

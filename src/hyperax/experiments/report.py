@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -102,25 +103,64 @@ def write_report(folder: str | Path) -> Path:
     run = read_run(folder)
     name = run.folder.resolve().name
     recipe = (run.summary or run.config).get("recipe") or run.config.get("name")
-    title = escape(str((run.summary or run.config).get("title") or recipe or name))
     window, train_ways = smoothing_window(len(run.records)), run.config.get("train_ways")
     notes = f"Thin blue lines are records, thick ones their centred mean over {window}. " if window > 1 else ""
     if train_ways not in (None, run.config.get("ways")):
         notes += f"Training episodes are {escape(str(train_ways))}-way, those of validation not. "
-    figures = [_figure(path, notes) for path in save_figures(folder)]
+    figures = []
+    for path in save_figures(folder):
+        alternative, caption = _CAPTIONS[path.stem]
+        figures.append(embedded(path, alternative, caption.format(notes=notes)))
     if not run.records:
         figures.append("<p class=soft>No curves: no hyperiteration has been recorded.</p>")
     if run.summary and not run.pairs:
         figures.append("<p class=soft>No pair of images: this run kept none (pairs.npz).</p>")
-    seed = (run.summary or run.config).get("seed")
-    again = f"hyperax run {shlex.quote(str(recipe or 'RECIPE'))}" + ("" if seed is None else f" --seed {seed}")
     data = ((run.summary or {}).get("protocol") or {}).get("data")
-    data = f"<details><summary>Data</summary>{_settings(_flat(data))}</details>\n" if data else ""
-    page = f"""<!doctype html>
+    text = page(
+        title=str((run.summary or run.config).get("title") or recipe or name),
+        result=_result(run.summary) if run.summary else _unfinished(run),
+        figures=figures,
+        again=again(recipe, (run.summary or run.config).get("seed")),
+        name=name,
+        environment=_environment(run),
+        data=data,
+        config=run.config,
+    )
+    report = run.folder / "report.html"
+    report.write_text(text, "utf-8")
+    return report
+
+
+def page(
+    *,
+    title: str,
+    result: str,
+    figures: Sequence[str],
+    again: str,
+    name: str,
+    environment: dict[str, Any],
+    data: dict[str, Any] | None,
+    config: dict[str, Any],
+) -> str:
+    """The page of a run of any kind.
+
+    Arguments:
+        title: its headline, plain text.
+        result: HTML of the numbers.
+        figures: HTML, from `embedded`.
+        again: the command that runs the recipe.
+        name: of the run's folder.
+        environment: where the numbers were measured, by name.
+        data: what determines the data, if it is known.
+        config: contents of `config.json`.
+    """
+    title = escape(title)
+    of_data = f"<details><summary>Data</summary>{settings(flat(data))}</details>\n" if data else ""
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{_STYLE}</style></head><body>
 <h1>{title}</h1>
-{_result(run.summary) if run.summary else _unfinished(run)}
+{result}
 <h2>Figures</h2>
 {"".join(figures)}
 <h2>Reproduce</h2>
@@ -128,21 +168,23 @@ def write_report(folder: str | Path) -> Path:
 hyperax report {escape(shlex.quote(name))}</pre>
 <p class=soft>The first command runs the recipe; where the configuration below differs from the recipe's, add its fields
 as options. The second, given the folder of the run, writes this page again.</p>
-<details><summary>Environment</summary>{_settings(_environment(run))}</details>
-{data}<details><summary>Configuration</summary>{_settings(_flat(run.config))}</details>
+<details><summary>Environment</summary>{settings(environment)}</details>
+{of_data}<details><summary>Configuration</summary>{settings(flat(config))}</details>
 </body></html>
 """
-    report = run.folder / "report.html"
-    report.write_text(page, "utf-8")
-    return report
 
 
-def _figure(path: Path, notes: str) -> str:
+def again(recipe: str | None, seed: int | None) -> str:
+    """The command that runs a recipe again."""
+    return f"hyperax run {shlex.quote(str(recipe or 'RECIPE'))}" + ("" if seed is None else f" --seed {seed}")
+
+
+def embedded(path: Path, alternative: str, caption: str) -> str:
+    """A figure of the page, with its image inside."""
     image = base64.b64encode(path.read_bytes()).decode()
-    alternative, caption = _CAPTIONS[path.stem]
     return (
         f'<figure><img alt="{alternative}" src="data:image/png;base64,{image}">'
-        f"<figcaption>{caption.format(notes=notes)}</figcaption></figure>\n"
+        f"<figcaption>{caption}</figcaption></figure>\n"
     )
 
 
@@ -285,16 +327,18 @@ def _environment(run: Run) -> dict[str, Any]:
     return {name: "not recorded" if value is None else value for name, value in rows.items()}
 
 
-def _flat(config: Any, name: str = "") -> dict[str, Any]:
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """A nested dict as one of dotted names."""
     if not isinstance(config, dict) or not config:
         return {name: config}
-    return {k: v for key, value in config.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{name}.{key}" if name else key).items()}
 
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _settings(rows: dict[str, Any]) -> str:
+def settings(rows: dict[str, Any]) -> str:
+    """A table of names and values."""
     cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(_plain(value))}</td></tr>" for name, value in rows.items())
     return f"<table class=settings>{cells}</table>"

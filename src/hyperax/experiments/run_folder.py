@@ -6,15 +6,25 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import equinox as eqx
 
-from hyperax.experiments.config import FewShotConfig, config_from_json
+from hyperax.experiments.config import config_from_json
 from hyperax.fewshot.datasets.sources import named_folder
 from hyperax.stopping import Progress
+
+Config = TypeVar("Config")
+
+
+class HasJson(Protocol):
+    """A configuration of any kind."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types."""
+        ...
 
 
 class RunFolder:
@@ -34,7 +44,7 @@ class RunFolder:
         self._seconds_before = 0.0
 
     @classmethod
-    def create(cls, path: str | Path, config: FewShotConfig, data_dir: str | None = None) -> RunFolder:
+    def create(cls, path: str | Path, config: HasJson, data_dir: str | None = None) -> RunFolder:
         """A new run, on images in `data_dir`, in an empty or missing folder."""
         folder = cls(path)
         folder.require_unused()
@@ -61,8 +71,10 @@ class RunFolder:
             raise ValueError(f"{self.path} is not empty: --out names a folder that is empty or does not exist")
 
     @classmethod
-    def open(cls, path: str | Path) -> tuple[RunFolder, FewShotConfig]:
-        """An existing run and its configuration."""
+    def open(
+        cls, path: str | Path, from_json: Callable[[dict[str, Any]], Config] = config_from_json
+    ) -> tuple[RunFolder, Config]:
+        """An existing run and its configuration, read as that of a few-shot run or of another kind."""
         folder = cls(path)
         try:
             config = json.loads((folder.path / "config.json").read_text())
@@ -73,7 +85,7 @@ class RunFolder:
             ) from None
         except ValueError as error:  # not JSON, or not even text
             raise ValueError(f"{folder.path / 'config.json'} is damaged ({error}): start the run again") from None
-        return folder, config_from_json(config)
+        return folder, from_json(config)
 
     def data_dir(self) -> str | None:
         """Where the images were when the run began, if that was said."""
@@ -119,11 +131,11 @@ class RunFolder:
 
     def begin_session(self) -> None:
         """Note how many seconds earlier sessions of this run took."""
-        lines = self._lines("timings.jsonl")
+        lines = self.lines("timings.jsonl")
         ends = {line["session"]: line["seconds"] for line in lines}
         self._session = max(ends, default=0) + 1
         self._seconds_before = sum(ends.values())
-        self._replace("timings.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        self.replace_lines("timings.jsonl", lines)
 
     def seconds(self, this_session: float) -> float:
         """Seconds of all sessions."""
@@ -132,13 +144,16 @@ class RunFolder:
     def note(self, progress: Progress) -> None:
         """A callback of `minimize`: append the new record and the time."""
         self.write_records(progress.history)
-        entry = {"step": progress.step, "seconds": round(progress.seconds, 3), "session": self._session}
-        self._append("timings.jsonl", [entry])
+        self.note_seconds(progress.step, progress.seconds)
+
+    def note_seconds(self, step: int, seconds: float) -> None:
+        """Append the time at which this session came so far."""
+        self._append("timings.jsonl", [{"step": step, "seconds": round(seconds, 3), "session": self._session}])
 
     def write_records(self, history: Sequence[dict[str, Any]]) -> None:
         """Bring `records.jsonl` up to this history."""
         if self._records_written < 0:
-            self._replace("records.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+            self.replace_lines("records.jsonl", history)
         else:
             self._append("records.jsonl", history[self._records_written :])
         self._records_written = len(history)
@@ -147,7 +162,12 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def replace_lines(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        """Replace a file by these entries, one a line, in one move."""
+        self._replace(name, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The entries of a file, up to the first that is damaged; none if there is no such file."""
         file = self.path / name
         lines = []
         for text in file.read_text().splitlines() if file.exists() else []:
