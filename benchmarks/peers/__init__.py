@@ -1,0 +1,1 @@
+"""hyperax beside other libraries, on the same problems."""
