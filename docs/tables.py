@@ -34,7 +34,7 @@ def results() -> str:
 def runs() -> str:
     """Where and how each number was measured."""
     lines = []
-    for path, run in _few_shot_runs():
+    for _, run in _few_shot_runs():
         lines.append(
             f"- `hyperax run {run['recipe']} --seed {run['seed']}`: {run['hyperiterations']} hyperiterations in "
             f"{run['timing']['seconds'] / 60:.0f} minutes, T = {run['test']['steps']} chosen on validation classes, "

@@ -307,7 +307,7 @@ def test_accumulated_gradients():
 
 
 def test_diverged_from_the_start():
-    with pytest.warns(DivergenceWarning, match=r"There is no good lam.*hx\.diagnose"):
+    with pytest.warns(DivergenceWarning, match=r"There is no good lam.*hx\.certify"):
         minimize(exploding(jnp.nan, 1.0, 0), 1.0, optimizer=optax.sgd(0.1), steps=3)
 
 

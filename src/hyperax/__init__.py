@@ -6,10 +6,10 @@ Problem, dynamics and method make a hypergradient; `mean_over_tasks` averages it
 """
 
 from hyperax.batches import minibatch
+from hyperax.certificate import Certificate, certify
 from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
 from hyperax.constraints import Box, Constraint, Positive, Projected, UnitInterval
-from hyperax.diagnostics import Diagnosis, diagnose
 from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, Optax, State
 from hyperax.linear_solvers import ConjugateGradient, FixedPoint, Neumann, Nystrom
 from hyperax.methods import (
@@ -43,11 +43,11 @@ __all__ = [
     "Adam",
     "Box",
     "CappedSimplex",
+    "Certificate",
     "Checkpoint",
     "ClosedForm",
     "ConjugateGradient",
     "Constraint",
-    "Diagnosis",
     "DivergenceWarning",
     "Doubling",
     "Dynamics",
@@ -82,7 +82,7 @@ __all__ = [
     "UnitInterval",
     "UnusedLeafWarning",
     "Validation",
-    "diagnose",
+    "certify",
     "hypergradient",
     "mean_over_tasks",
     "minibatch",

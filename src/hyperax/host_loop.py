@@ -191,7 +191,7 @@ class HostLoop:
         self.stopped = (
             f"diverged at step {self.step + 1}: {_TROUBLE[trouble]}. {kept} Try a smaller inner step size (below 2/nu, "
             "nu the largest curvature of the inner objective), a smaller outer learning rate, or clip the "
-            "hypergradient: optax.chain(optax.clip_by_global_norm(1.0), ...). hx.diagnose(hypergradient, lam, data) "
+            "hypergradient: optax.chain(optax.clip_by_global_norm(1.0), ...). hx.certify(hypergradient, lam, data) "
             "tells more."
         )
         # To the caller of `minimize`: through _after_dispatch, until_stopped and minimize.
