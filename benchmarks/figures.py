@@ -22,6 +22,7 @@ TITLES = {
 }
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 150}
 MARKERS = "osD^v<>Px*ph"
+PLAIN = ("#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 COLOURS = plt.get_cmap("tab20").colors
 
 
@@ -49,9 +50,9 @@ def _bars(panel: Any, rows: list[dict[str, Any]]) -> None:
     panel.set_yticks(place, [label(row) for row in rows])
     panel.invert_yaxis()
     panel.set_xscale("log")
-    panel.set_xlim(min(times) / 2, max(times) * 5)
+    panel.set_xlim(min(times) / 2, max(times) * 14)
     for y, time in zip(place, times, strict=True):
-        panel.text(time * 1.1, y, f"{time:.3g}", va="center", fontsize=8)
+        panel.text(time * 1.1, y, f"{time:.0f}" if time >= 100 else f"{time:.2g}", va="center", fontsize=8)
     for quantity, name in (("unrolled", "gradient of f_T"), ("implicit", "implicit"), ("exact", "gradient of f")):
         mine = [y for y, row in zip(place, rows, strict=True) if row["quantity"] == quantity]
         if mine:
@@ -60,9 +61,9 @@ def _bars(panel: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _against_steps(rows: list[dict[str, Any]], folder: Path) -> None:
-    figure, panel = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
     names = sorted({row["row"] for row in rows if row["quantity"] == "unrolled"})
-    for colour, name in zip(COLOURS[::2], names, strict=False):
+    for colour, name in zip(PLAIN, names, strict=False):
         mine = [row for row in rows if row["row"] == name]
         ours = mine[0]["library"] == "hyperax"
         style = {"color": OURS, "lw": 2.2, "ls": "--" if name == "Reverse" else "-"} if ours else {"color": colour}
@@ -71,7 +72,7 @@ def _against_steps(rows: list[dict[str, Any]], folder: Path) -> None:
     panel.set_xlabel("T, inner steps")
     panel.set_ylabel("milliseconds")
     panel.set_title("linear representation (300 x 256, 100 classes, lam 256 x 256)", loc="left", fontsize=9)
-    panel.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     _save(figure, folder / "peers-steps.png")
 
 

@@ -61,7 +61,7 @@ def _peer_cell(record: dict[str, Any], rows: list[dict[str, Any]], problem: str,
     if row is None:
         return ""
     if "seconds" not in row:
-        return "wrong" if "error" in row else "fails"
+        return f"off by {100 * row['error']:.0f} %" if "error" in row else "fails"
     base = BASE.get(row["quantity"], name)
     if base == name:
         return _milliseconds(row["seconds"])
@@ -99,7 +99,7 @@ def _where(record: dict[str, Any]) -> str:
     )
 
 
-def steps() -> str:
+def peers_steps() -> str:
     """The linear representation against T."""
     record = read("peers")
     rows = [

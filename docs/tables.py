@@ -1,4 +1,4 @@
-"""Write the numbers of README.md from the committed records, or check that they are up to date.
+"""Write the numbers of README.md and docs/ from the committed records, or check that they are up to date.
 
 python docs/tables.py            # rewrite the blocks between <!-- name --> and <!-- end -->
 python docs/tables.py --check    # exit 1 if a block differs from the records
@@ -12,6 +12,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for benchmarks.tables
+
+from benchmarks.tables import costs, methods, peers, steps  # noqa: E402
+
+PAGES = ("README.md", "docs/methods.md", "docs/theory.md")
+"""The pages with blocks between <!-- name --> and <!-- end -->."""
 
 
 def results() -> str:
@@ -76,22 +82,62 @@ def _percent(score: dict[str, float]) -> str:
     return f"{100 * score['accuracy']:.2f} ± {100 * score['ci95']:.2f}"
 
 
+def effect_of_t() -> str:
+    """Objective, accuracies and times by T, beside the paper's times."""
+    run = json.loads((ROOT / "results/effect-of-t/summary.json").read_text())
+    times = {(row["method"], row["steps"]): row["seconds"] for row in run["timing"]["seconds_per_hypergradient"]}
+    cell = lambda method, T: f"{1000 * times[method, T]:.0f}" if (method, T) in times else ""
+    paper = run["paper"]
+    lines = [
+        "| T | f_T, end | test accuracy, end | best | at hyperiteration | `Reverse`, ms | `Doubling`, ms | paper, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for curve in run["curves"]:
+        T, final, best = curve["steps"], curve["final"], curve["best"]
+        doubling = f"{cell('ClosedForm', T)} (`ClosedForm`)" if T == "exact" else cell("Doubling", T)
+        lines.append(
+            f"| {T} | {final['value']['mean']:.3f} | {_spread(final['test'])} | {_spread(best['test'])} "
+            f"| {best['hyperiteration']['mean']:.0f} | {cell('Reverse', T)} | {doubling} | {paper['seconds'][str(T)]} |"
+        )
+    note = (
+        f"`hyperax run {run['recipe']} --seed {run['seed']}`: {run['hyperiterations']} hyperiterations, means and "
+        f"standard deviations over {run['protocol']['draws']} draws of {run['protocol']['classes']} classes that the "
+        f"network has not seen, {run['machine']}, commit {run['commit']}. Milliseconds are of one hyperiteration. "
+        f"Paper: {paper['source']}, {paper['what']} ({paper['machine']})."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _spread(score: dict[str, float]) -> str:
+    return f"{100 * score['mean']:.1f} ± {100 * score['sd']:.1f}"
+
+
+BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
+BLOCKS |= {block.__name__: block for block in (costs, methods, peers, steps)}
+
+
 def updated(text: str) -> str:
     """The text with every block written again."""
-    for block in (results, runs, hyperiteration, miniimagenet):
-        pattern = rf"(<!-- {block.__name__} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda found, block=block: f"{found[1]}{block()}\n{found[2]}", text, flags=re.DOTALL)
+    for name in re.findall(r"<!-- (\w+) -->\n", text):
+        if name in BLOCKS:
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(
+                pattern, lambda found, name=name: f"{found[1]}{BLOCKS[name]()}\n{found[2]}", text, flags=re.DOTALL
+            )
     return text
 
 
 def main() -> int:
-    """Rewrite or check README.md."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if "--check" in sys.argv[1:]:
-        return int(updated(text) != text)
-    readme.write_text(updated(text))
-    return 0
+    """Rewrite or check the pages."""
+    stale = 0
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        new = updated(text)
+        stale += new != text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(new)
+    return int(bool(stale)) if "--check" in sys.argv[1:] else 0
 
 
 if __name__ == "__main__":

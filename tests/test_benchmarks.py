@@ -71,7 +71,7 @@ def test_the_peers_record_has_what_the_docs_need():
     ("block", "words"),
     [
         ("peers", ["**hyperax** `Reverse`", "jaxopt unrolled", "Betty Neumann", "higher 0.2.1"]),
-        ("steps", ["| Reverse |", "| Doubling |", "T = | 1 | 4 | 16 | 64 | 256 |"]),
+        ("peers_steps", ["| Reverse |", "| Doubling |", "T = | 1 | 4 | 16 | 64 | 256 |"]),
         ("costs", ["`Reverse`, of training", "`Doubling`, of `Reverse`", "| T = 10000 |"]),
         ("methods", ["`Reversible`", "`EvolutionStrategy`", "error to grad f"]),
     ],

@@ -20,10 +20,18 @@ def test_the_example_runs_and_improves():
     assert 0 < names["solution"].lam["step_size"] < 0.1
 
 
-def test_numbers_are_those_of_the_records():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", TABLES["PAGES"])
+def test_numbers_are_those_of_the_records(name):
+    text = (ROOT / name).read_text()
     assert TABLES["updated"](text) == text, "run: python docs/tables.py"
-    assert "<!-- results -->\n|" in text, "the results block is empty"
+    written = re.findall(r"<!-- (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert written
+    assert all(block.strip() for _, block in written), "a block is empty"
+
+
+def test_every_block_is_on_a_page():
+    pages = "".join((ROOT / name).read_text() for name in TABLES["PAGES"])
+    assert all(f"<!-- {name} -->" in pages for name in TABLES["BLOCKS"])
 
 
 def test_a_changed_number_is_noticed():
@@ -33,13 +41,15 @@ def test_a_changed_number_is_noticed():
     assert TABLES["updated"](changed) == text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "docs/few-shot.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "docs/few-shot.md", "docs/methods.md"])
 def test_public_names_exist(name):
     names = set(re.findall(r"\bhx\.(\w+)", (ROOT / name).read_text()))
     assert not {x for x in names if not hasattr(hx, x)}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/few-shot.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("design", "few-shot", "methods", "theory"))]
+)
 def test_links_lead_somewhere(name):
     file = ROOT / name
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text()):

@@ -161,18 +161,18 @@ def main() -> None:
         finally:
             for side in sides:
                 side.close()
-    record = {
-        "command": "make bench-peers",
-        "rounds": options.rounds,
-        "threads": THREADS,
-        "problems": {name: PROBLEMS[name].__doc__ for name in options.problems},
-        "table": table,
-        "commit": environment.commit(),
-        "versions": {**environment.versions(), **versions},
-        "machine": environment.machine(),
-        "load_before": load,
-    }
-    options.record.write_text(json.dumps(record, indent=1) + "\n")
+        record = {
+            "command": "make bench-peers",
+            "rounds": options.rounds,
+            "threads": THREADS,
+            "problems": {name: PROBLEMS[name].__doc__ for name in dict.fromkeys(row["problem"] for row in table)},
+            "table": table,
+            "commit": environment.commit(),
+            "versions": {**environment.versions(), **versions},
+            "machine": environment.machine(),
+            "load_before": load,
+        }
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
