@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -90,12 +89,9 @@ def long(rounds: int) -> list[dict[str, Any]]:
     gradients = {name: np.asarray(run()[1]) for name, run in runs.items()}
     table = []
     for name, (compiled, _) in programs.items():
-        alone = subprocess.run(
-            [sys.executable, "-m", "benchmarks.costs", "--alone", name], capture_output=True, text=True, check=True
-        )
         difference = np.linalg.norm(gradients[name] - gradients["Reverse"]) / np.linalg.norm(gradients["Reverse"])
         row = {"method": name, "steps": LONG, "rounds": seconds[name], "temporary_bytes": temporary_bytes(compiled)}
-        row |= {"time_to_reverse": ratio(seconds, name, "Reverse"), **json.loads(alone.stdout)}
+        row |= {"time_to_reverse": ratio(seconds, name, "Reverse"), **resident(name)}
         row["difference"] = float(difference)
         table.append(row)
         print(
@@ -116,10 +112,21 @@ def kept(rounds: int) -> list[dict[str, Any]]:
 def alone(name: str) -> None:
     """In a process of its own: the most memory resident before the run, and what the run adds to it."""
     compiled, arguments = program(LONG_METHODS[name], LONG)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = peak()
+    before = peak_bytes()
     jax.block_until_ready(compiled(*arguments))
-    print(json.dumps({"peak_bytes": peak(), "run_bytes": peak() - before}))
+    print(json.dumps({"peak_bytes": peak_bytes(), "run_bytes": peak_bytes() - before}))
+
+
+def peak_bytes() -> int:
+    """The most memory that was resident in this process (Linux). The figure of `getrusage` begins at its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def resident(name: str) -> dict[str, int]:
+    """`alone`, in a fresh process."""
+    words = [sys.executable, "-m", "benchmarks.costs", "--alone", name]
+    return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
@@ -128,12 +135,21 @@ def main() -> None:
     parser.add_argument("--long-rounds", type=int, default=3)
     parser.add_argument("--alone", choices=LONG_METHODS)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--resident", action="store_true", help="measure resident memory again, into the record")
     parser.add_argument("--record", type=Path, default=RECORD)
     options = parser.parse_args()
     if options.alone:
         return alone(options.alone)
     if options.short:
         return print(json.dumps(short(options.rounds)))
+    if options.resident:
+        record = json.loads(options.record.read_text())
+        for row in record["long"]:
+            row |= resident(row["method"])
+            print(f"{row['method']:26s}{row['run_bytes'] / 1e6:8.1f} MB more resident", flush=True)
+        record["resident_commit"] = circumstances("")["commit"]
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
+        return None
     record = {"problem": linear_representation.__doc__, **circumstances("python -m benchmarks.costs")}
     record |= {"short": short(options.rounds), "short_kept_memory": kept(options.rounds)}
     record["long"] = long(options.long_rounds) if options.long_rounds else []

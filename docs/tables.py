@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for benchmarks.tables
 
-from benchmarks.tables import costs, methods, peers, steps  # noqa: E402
+from benchmarks.tables import costs, methods, peers, peers_steps  # noqa: E402
 
 PAGES = ("README.md", "docs/methods.md", "docs/theory.md")
 """The pages with blocks between <!-- name --> and <!-- end -->."""
@@ -113,7 +113,7 @@ def _spread(score: dict[str, float]) -> str:
 
 
 BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
-BLOCKS |= {block.__name__: block for block in (costs, methods, peers, steps)}
+BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps)}
 
 
 def updated(text: str) -> str:

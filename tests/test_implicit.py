@@ -173,6 +173,24 @@ def test_inner_variables_may_be_a_module_and_derivatives_forward():
     np.testing.assert_allclose(forward, h.grad, rtol=1e-12)
 
 
+def test_a_warm_start_keeps_the_functions_of_a_module():
+    class Model(eqx.Module):
+        slope: jax.Array
+        activation: object  # a leaf that is no array: Phi_0 alone has it
+
+    problem = hx.Problem(
+        inner=lambda w, lam, d: (w.activation(w.slope) - d) ** 2 + lam * w.slope**2,
+        outer=lambda w, lam, d: w.slope**2,
+        init=lambda lam, d: Model(jnp.asarray(0.5), jnp.tanh),
+    )
+    lam, target = jnp.asarray(0.3), jnp.asarray(0.8)
+    cold, warm = (
+        hx.hypergradient(problem, hx.GradientDescent(0.2), Implicit(200, warm_start=warm)) for warm in (False, True)
+    )
+    expected, first = cold(lam, target), warm(lam, target)
+    np.testing.assert_allclose([first.grad, warm(lam, target, first.carry).grad], expected.grad, rtol=1e-9)
+
+
 CURVATURE = (1.0, 0.8, 0.5, 0.3, 0.2, 0.1)
 TARGETS = jnp.asarray(np.random.default_rng(7).normal(size=(2, 6)))
 LAM_6 = jnp.linspace(0.5, -1.0, 6)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hyperax as hx
-from hyperax.linear_solvers import FixedPoint, Neumann
+from hyperax.linear_solvers import FixedPoint
 from problems import assert_trees_close
 
 EXAMPLES, INPUTS = 7, 4
@@ -61,11 +61,7 @@ def problems(draw, slowest=-3.0):
 HEAVY_BALL = hx.HeavyBall(lambda lam: lam["rate"], lambda lam: lam["momentum"])
 ADAM = hx.Adam(lambda lam: lam["rate"], b1=lambda lam: lam["momentum"], eps=1e-3)
 
-EXACT = {
-    "Reverse in segments": lambda steps: hx.Reverse(steps, segment="sqrt"),
-    "Truncated, whole window": lambda steps: hx.Truncated(steps, steps),
-    "Forward": lambda steps: hx.Forward(steps, chunk=8),
-}
+EXACT = (hx.Reverse(9, segment="sqrt"), hx.Forward(9, chunk=8))
 
 
 @cache  # one compiled program each, whatever is drawn
@@ -77,12 +73,11 @@ def compiled(quadratic, dynamics, method):
 @settings(max_examples=12)
 def test_exact_methods_agree(case):
     lam, data = case
-    for dynamics in (HEAVY_BALL, ADAM):
-        exact = compiled(False, dynamics, hx.Reverse(9))(lam, data)
-        for make in EXACT.values():
-            h = compiled(False, dynamics, make(9))(lam, data)
-            assert_trees_close(h.grad, exact.grad, 1e-9, 1e-12)
-            assert_trees_close(h.value, exact.value, 1e-12)
+    exact = compiled(False, ADAM, hx.Reverse(9))(lam, data)
+    for method in EXACT:
+        h = compiled(False, ADAM, method)(lam, data)
+        assert_trees_close(h.grad, exact.grad, 1e-9, 1e-12)
+        assert_trees_close(h.value, exact.value, 1e-12)
 
 
 @given(problems())
@@ -116,11 +111,9 @@ def test_many_steps_are_the_exact_problem(case):
 
 
 LIMIT = (
-    hx.Reverse(500, segment=25),
+    hx.Reverse(500),
     hx.Implicit(500, lx.CG(1e-12, 1e-12)),
-    hx.Implicit(500, lx.LU()),
     hx.Implicit(500, FixedPoint(500)),
-    hx.Implicit(500, Neumann(800, 0.1)),
     hx.Doubling(512),
 )
 

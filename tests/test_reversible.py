@@ -341,3 +341,48 @@ def test_only_what_lam_reaches_is_differentiated():
     problem, _, lam = case("all", "HeavyBall", False)
     depends = _depends_on_lam(problem, lam, regression_data())
     assert depends == {"x": True, "y": False, "y_outer": False, "key": False, "chosen": False}
+
+
+@jax.custom_jvp
+def straight_through(x):
+    return jnp.round(x)
+
+
+@straight_through.defjvp
+def _(primals, tangents):
+    return jnp.round(primals[0]), tangents[0]
+
+
+@pytest.mark.filterwarnings("ignore::hyperax.UnusedLeafWarning")  # the trace of rounding shows no derivative
+def test_a_derivative_of_its_own_inside_prepare_is_not_lost():
+    problem = hx.Problem(
+        inner=lambda w, lam, d: jnp.sum((w - d) ** 2),
+        outer=lambda w, lam, d: jnp.sum(w**2),
+        init=lambda lam, d: jnp.zeros(2),
+        prepare=lambda lam, d: 2.0 * straight_through(lam),
+    )
+    lam, dynamics = jnp.array([0.7, 2.2]), hx.HeavyBall(0.1, 0.5)
+    ours, theirs = (hx.hypergradient(problem, dynamics, method(3))(lam).grad for method in (Reversible, hx.Reverse))
+    assert np.min(np.abs(theirs)) > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+class Nesterov(hx.HeavyBall):
+    """Looks like heavy ball by its type, and steps otherwise."""
+
+
+def test_a_subclass_that_may_step_otherwise_is_refused():
+    with pytest.raises(ValueError, match="Reversible with Nesterov: only HeavyBall"):
+        hx.hypergradient(quadratic(), Nesterov(0.1, 0.5), Reversible(3))(jnp.ones(2), jnp.zeros(2))
+    with pytest.raises(ValueError, match="Nesterov is not one of them"):
+        hx.hypergradient(quadratic(), Nesterov(0.1, 0.5), hx.Doubling(3))(jnp.ones(2), jnp.zeros(2))
+
+
+def test_a_value_with_fewer_digits_than_lam_keeps_its_type():
+    narrow = hx.Problem(
+        inner=lambda w, lam, d: jnp.sum((w - lam.astype(w.dtype)) ** 2),
+        outer=lambda w, lam, d: jnp.sum(w**2),
+        init=lambda lam, d: jnp.zeros(2, jnp.float32),
+    )
+    h = hx.hypergradient(narrow, hx.HeavyBall(0.1, 0.5), Reversible(3))(jnp.ones(2))
+    assert (h.value.dtype, h.grad.dtype) == (jnp.float32, jnp.float64)

@@ -90,6 +90,18 @@ def test_known_points():
     np.testing.assert_array_equal(on_simplex[0], [[[0.5, 0.0], [0.5, 0.0]], [[0.25, 0.25], [0.25, 0.25]]])
 
 
+def test_far_away_from_the_set_in_float32():
+    # lam and lam - 1 are the same float32 there, so breakpoints must be taken beside each other first.
+    points = jnp.array([[1e9, 0.0, 0.0], [3e7, 3e7, 0.0], [-1e9, 1e9, 1e9]], jnp.float32)
+    for total, expected in (
+        (0.5, [[0.5, 0, 0], [0.25, 0.25, 0], [0, 0.25, 0.25]]),
+        (1.0, [[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5]]),
+    ):
+        nearest, inside, _ = projected_twice(CappedSimplex(total), points)
+        np.testing.assert_array_equal(nearest, expected)
+        assert inside.all()
+
+
 @pytest.mark.parametrize(("constraint", "total"), [(Simplex(), 1.0), (CappedSimplex(25000.0), 25000.0)], ids=str)
 def test_a_hundred_thousand_entries_in_float32(constraint, total):
     point = jnp.asarray(DRAW.normal(size=100_000) + 0.5, jnp.float32)
@@ -142,7 +154,7 @@ def distance_to(target):
         (Projected(Simplex()), [0.0, 0.0, 1.0], optax.sgd(0.5), 1e-12),
         (Simplex(), [0.2, 0.2, 0.6], optax.adam(0.05), 2e-3),
     ],
-    ids=str,
+    ids=["capped simplex", "simplex", "softmax"],
 )
 def test_minimize_ends_at_the_nearest_point(constraint, start, optimizer, atol):
     target = jnp.array([1.25, 0.75, -0.25]) if isinstance(constraint, Projected) else jnp.array([0.5, 0.4, 0.1])

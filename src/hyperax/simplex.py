@@ -119,7 +119,11 @@ class CappedSimplex(Constraint):
         flat = lam.ravel()
         total = jnp.asarray(self.total, lam.dtype)
         clipped = jnp.clip(flat, 0, 1)
-        nearest = _corrected(flat, _threshold(flat, total), total, high=1.0)
+        # With u the ceil(R)-th largest entry, u - 1 <= tau <= u: what is 1 or further from u ends at 0 or 1 either way,
+        # and beside it the breakpoints lie within 2 of each other, however large lam is.
+        largest = jnp.clip(jnp.ceil(total).astype(int), 1, flat.size)
+        near = jnp.clip(flat - jnp.sort(flat, descending=True)[largest - 1], -1, 1)
+        nearest = _corrected(near, _threshold(near, total), total, high=1.0)
         return jnp.where(jnp.sum(clipped) <= total + self._slack(lam), clipped, nearest).reshape(lam.shape)
 
     def interior(self, lam: Leaf) -> Mask:
@@ -154,8 +158,9 @@ def _threshold(flat: Float[Array, " n"], total: Float[Array, ""]) -> Float[Array
     order = jnp.argsort(-breakpoints)
     breakpoints, slope = breakpoints[order], jnp.cumsum(change[order])
     grown = jnp.cumsum(slope[:-1] * -jnp.diff(breakpoints))  # the sum at breakpoint j + 1
-    first = jnp.argmax(grown >= total)
-    return breakpoints[first + 1] + (grown[first] - total) / slope[first]
+    # Rounding may leave the sum just below R to the end, or carry it to R where it is flat.
+    first = jnp.argmax(grown >= jnp.minimum(total, jnp.max(grown)))
+    return breakpoints[first + 1] + (grown[first] - total) / jnp.maximum(slope[first], 1)
 
 
 def _corrected(

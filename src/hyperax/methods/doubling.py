@@ -125,7 +125,7 @@ class Doubling(Method):
             raise ValueError(
                 f"Doubling needs the same map at every step, and the mini-batches (batch) change it: {instead}"
             )
-        if not isinstance(dynamics, GradientDescent | HeavyBall):
+        if type(dynamics) not in (GradientDescent, HeavyBall):  # a subclass may step otherwise
             raise ValueError(
                 f"Doubling needs the dynamics to be GradientDescent or HeavyBall, whose steps are affine in w; "
                 f"{type(dynamics).__name__} is not one of them: {instead}"

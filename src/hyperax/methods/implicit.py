@@ -185,10 +185,10 @@ class Implicit(Method):
         self, problem: Problem, dynamics: Dynamics, lam: Lam, prepared: Data, memory: Memory
     ) -> tuple[State, jax.Array]:
         """(s_T, the steps done)."""
-        if memory.w is not None:
-            # The last w in the place of Phi_0; auxiliary variables start afresh.
-            problem = replace(problem, init=lambda lam, prepared: memory.w)
-        state = initial_state(problem, dynamics, lam, prepared)
+        # The last w in the place of Phi_0; auxiliary variables start afresh. Only here: what else a module holds (its
+        # activations) is in Phi_0 alone.
+        start = problem if memory.w is None else replace(problem, init=lambda lam, prepared: memory.w)
+        state = initial_state(start, dynamics, lam, prepared)
         run = lambda state, t, steps: advance(problem, dynamics, state, lam, prepared, first=t, steps=steps)[0]
         epsilon = self._epsilon(memory, state.w)
         if epsilon is None:
@@ -246,7 +246,7 @@ class Implicit(Method):
         else:
             slope = exact_gradient(problem.objective(prepared, 1))(state.w, lam)
             implied = with_gradient(jnp.zeros_like(value), slope, jax.tree.map(jnp.negative, q))
-        return value + implied.astype(value.dtype), metrics  # w may have more digits than E
+        return value + implied, metrics
 
     def reached(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data) -> Scalar:
         """The value at w_0, without a run or a solve: the same paths."""

@@ -136,5 +136,6 @@ def with_gradient(value: Scalar, at: Any, gradient: Any) -> Scalar:
     """
     points = jax.tree.leaves(eqx.filter(at, eqx.is_inexact_array))
     for point, slope in zip(points, jax.tree.leaves(gradient), strict=True):
-        value = value + jnp.sum(jax.lax.stop_gradient(slope) * (point - jax.lax.stop_gradient(point)))
+        change = jnp.sum(jax.lax.stop_gradient(slope) * (point - jax.lax.stop_gradient(point)))
+        value = value + change.astype(jnp.result_type(value))  # lam and w may have more digits than E
     return value

@@ -89,7 +89,7 @@ class Reversible(Method):
 
     def check(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data) -> None:
         """Refuse other dynamics, momenta near 0, and 32-bit integers."""
-        if not isinstance(dynamics, HeavyBall):
+        if type(dynamics) is not HeavyBall:  # a subclass may step otherwise
             raise ValueError(
                 f"Reversible with {type(dynamics).__name__}: only HeavyBall can be run backwards, because its velocity "
                 f"keeps what a step forgets; {_ALTERNATIVE}"
@@ -295,10 +295,21 @@ def _spread(rate: Any, like: W) -> W:
 
 
 def _depends_on_lam(problem: Problem, lam: Lam, data: Data) -> Any:
-    """For each leaf of D = prepare(lam, data) whether it is a float that lam reaches: only those need a gradient."""
+    """For each leaf of D = prepare(lam, data) whether it is a float that lam reaches: only those need a gradient.
+
+    Read from the trace of the backward pass, because a function with a derivative of its own (rounding, with the
+    derivative of the identity) may depend on lam where its value's trace shows no differentiable path.
+    """
     variables, constants = eqx.partition(lam, eqx.is_inexact_array)
-    leaves = lambda x: jax.tree.leaves(problem.prepare(eqx.combine(x, constants), data))
-    jaxpr = jax.make_jaxpr(lambda x: [leaf for leaf in leaves(x) if eqx.is_inexact_array(leaf)])(variables).jaxpr
-    reached = iter(reaching(jaxpr, [{0} for _ in jaxpr.invars]))
     prepared = problem.prepare(lam, data)
-    return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and bool(next(reached)), prepared)
+
+    def backward(cotangents: list[jax.Array]) -> Any:
+        floats = lambda x: jax.tree.leaves(
+            eqx.filter(problem.prepare(eqx.combine(x, constants), data), eqx.is_inexact_array)
+        )
+        return jax.vjp(floats, variables)[1](cotangents)
+
+    jaxpr = jax.make_jaxpr(backward)(jax.tree.leaves(eqx.filter(prepared, eqx.is_inexact_array))).jaxpr
+    reached = set().union(*reaching(jaxpr, [{i} for i in range(len(jaxpr.invars))]))
+    numbers = iter(range(len(jaxpr.invars)))
+    return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and next(numbers) in reached, prepared)
