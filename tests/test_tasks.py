@@ -114,3 +114,18 @@ def test_a_mesh_that_cannot_share_the_tasks():
         hx.mean_over_tasks(SINGLE, 2, mesh(2))(0.5, DATA)
     with pytest.raises(ValueError, match="one axis"):
         hx.mean_over_tasks(SINGLE, mesh=jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 2), ("a", "b")))
+
+
+def test_the_first_carry_may_need_the_axis_of_the_tasks():
+    """Statistics of the mini-batch in `prepare`, and a method that begins with the inner variables."""
+    problem = hx.Problem(
+        inner=lambda w, lam, d: jnp.sum((w - lam * d) ** 2),
+        outer=lambda w, lam, d: jnp.sum(w**2),
+        init=lambda lam, d: 0.0 * d,
+        prepare=lambda lam, d: d - jax.lax.pmean(d, hx.TASKS),
+    )
+    data = jnp.array([[1.0, 2.0], [3.0, 8.0]])
+    mean = lambda method: hx.mean_over_tasks(hx.hypergradient(problem, hx.GradientDescent(0.5), method))
+    h = mean(hx.Implicit(1, warm_start=True))(2.0, data)
+    np.testing.assert_allclose(h.grad, mean(hx.Reverse(1))(2.0, data).grad, rtol=1e-12)
+    np.testing.assert_allclose(h.grad, 4 * np.mean(np.sum((data - data.mean(0)) ** 2, 1)), rtol=1e-12)

@@ -59,9 +59,6 @@ def advance(
 
 def _scan(step: Callable, state: State, times: jax.Array, segments: tuple[int, ...]) -> tuple[State, Any]:
     """A scan over `times`, cut into segments of the first length, each of them cut again by the other lengths."""
-    if not segments and len(times) == 1:  # no loop, and so no stacks to fill and read again
-        state, observed = step(state, times[0])
-        return state, jax.tree.map(lambda x: jnp.asarray(x)[None], observed)
     if not segments:
         return jax.lax.scan(step, state, times)
     size, *inner = segments

@@ -34,7 +34,8 @@ class MeanOverTasks(eqx.Module):
     def init(self, lam: Lam, data: Data = None) -> Any:
         """The first carry, one a task."""
         arrays, rest = eqx.partition(data, eqx.is_array)
-        return jax.vmap(lambda task: self.hypergradient.init(lam, eqx.combine(task, rest)))(arrays)
+        of_task = lambda task: self.hypergradient.init(lam, eqx.combine(task, rest))
+        return jax.vmap(of_task, axis_name=TASKS)(arrays)
 
     @property
     def remembers_tasks(self) -> bool:

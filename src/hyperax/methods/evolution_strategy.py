@@ -36,7 +36,8 @@ class EvolutionStrategy(Method):
     Cost: time 2 n + 1 inner runs; memory of 2 chunk of them without their past. No second derivative is formed.
     No `UnusedLeafWarning` is given: an objective without derivative hides which leaves reach it.
     Reference: Salimans et al. 2017, Sec. 2; Metz et al. 2019, eq. 3-4.
-    Do not use it where f_T has a derivative that `Reverse` computes: the noise grows with the size of lam.
+    Do not use it where f_T has a derivative that `Reverse` computes: the noise grows with the size of lam; nor with a
+    sigma that takes lam out of the domain of the objectives (a constraint holds for lam, not for lam + sigma e).
 
     >>> method = EvolutionStrategy(steps=20, pairs=64, sigma=0.1)
     """

@@ -117,7 +117,7 @@ class Implicit(Method):
 
     Raises: `ValueError` for T < 0, a solver that is none or that a tolerance cannot stop; when called, for a problem
     with `batch` (no single minimiser), and for leaves of lam that w_T depends on but the minimiser does not (step
-    sizes, Phi_0).
+    sizes, Phi_0). In an array that holds both, the entry of a step size is zero: give it a leaf of its own.
     Cost: the inner run without derivatives, the solver, and one mixed second derivative; memory independent of T.
     Error: proportional to |grad_w L(w_T, lam)| and to the residual, where L is strongly convex and smooth.
     Reference: Pedregosa 2016, Algorithm 1 (HOAG); Franceschi et al. 2018, Sec. 2.3 (implicit
