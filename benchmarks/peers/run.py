@@ -145,7 +145,11 @@ def main() -> None:
     options = parser.parse_args()
     if not PYTHON.exists():
         sys.exit("no .venv-peers: run `make bench-peers`, which sets it up")
-    load, table, versions = os.getloadavg()[0], [], {}
+    load, table, versions, commits = os.getloadavg()[0], [], {}, {}
+    if options.record.exists() and set(options.problems) != set(PROBLEMS):  # the other problems keep their rows
+        old = json.loads(options.record.read_text())
+        table = [row for row in old["table"] if row["problem"] not in options.problems]
+        commits = {row["problem"]: old["commits"][row["problem"]] for row in table}
     for problem in options.problems:
         numbers = PROBLEMS[problem]()
         sides = [Side(name, double=numbers.lam.dtype == np.float64) for name in SIDES]
@@ -161,13 +165,15 @@ def main() -> None:
         finally:
             for side in sides:
                 side.close()
+        commits[problem] = environment.commit()
+        table.sort(key=lambda row: list(PROBLEMS).index(row["problem"]))
         record = {
             "command": "make bench-peers",
             "rounds": options.rounds,
             "threads": THREADS,
             "problems": {name: PROBLEMS[name].__doc__ for name in dict.fromkeys(row["problem"] for row in table)},
             "table": table,
-            "commit": environment.commit(),
+            "commits": commits,
             "versions": {**environment.versions(), **versions},
             "machine": environment.machine(),
             "load_before": load,

@@ -37,6 +37,7 @@ class ExponentialTolerance(eqx.Module):
         ratio: in (0, 1).
 
     Raises: `ValueError` outside these ranges.
+    Cost: none to speak of.
     Reference: Pedregosa 2016 (0.1 * 0.9^k, the exponential decrease of its experiments).
     Do not use it for thousands of hyperiterations: it soon asks for more digits than there are.
 
@@ -65,6 +66,7 @@ class PolynomialTolerance(eqx.Module):
         power: > 1, so that the tolerances have a finite sum, as convergence asks; 2 and 3 are the paper's.
 
     Raises: `ValueError` outside these ranges.
+    Cost: none to speak of.
     Reference: Pedregosa 2016 (0.1 / k^2 and 0.1 / k^3, k from 1; convergence for tolerances of finite sum).
     Do not use it where the first hypergradients must be exact: `tolerance=None` runs all steps.
 
