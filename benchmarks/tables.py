@@ -91,10 +91,11 @@ def _first_calls(record: dict[str, Any]) -> str:
 def _where(record: dict[str, Any]) -> str:
     versions = record["versions"]
     names = ("jax", "jaxopt", "torch", "higher", "torchopt", "betty-ml")
+    commits = " and ".join(dict.fromkeys(record["commits"].values()))
     with_versions = ", ".join(f"{name} {versions[name].split('+')[0]}" for name in names if name in versions)
     return (
         f"Medians over {record['rounds']} rounds in which all rows take turns, {record['threads']} threads, "
-        f"{record['machine']}, commit {' and '.join(dict.fromkeys(record['commits'].values()))}; {with_versions}. Before it is timed, each "
+        f"{record['machine']}, commit {commits}; {with_versions}. Before it is timed, each "
         "gradient is compared with one computed by PyTorch in float64."
     )
 
