@@ -1,6 +1,7 @@
 """Section 3 of the paper: the page says what the record says, the record what a computation says, and that is right."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -99,8 +100,9 @@ def test_two_minimisers():
 def test_figures(tmp_path):
     pytest.importorskip("matplotlib")
     drawn = theory.figures(RECORD)
-    assert sorted(drawn) == sorted(path.stem for path in (ROOT / "docs/figures").glob("*.png"))
+    # Beside them lie the figures of the benchmarks, which their own page shows.
+    shown = re.findall(r"\(figures/(.*)\.png\)", (ROOT / "docs/theory.md").read_text())
+    assert sorted(drawn) == sorted(shown)
+    assert all((ROOT / f"docs/figures/{name}.png").is_file() for name in drawn)
     lines = drawn["convergence"].axes[0].lines
     np.testing.assert_allclose(lines[1].get_ydata(), [row["sup_distance"] for row in RECORD["theorem"]["rows"]])
-    for name in drawn:
-        assert f"(figures/{name}.png)" in (ROOT / "docs/theory.md").read_text()
