@@ -22,7 +22,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# On a machine that does nothing else: about 20 minutes here, and bench-peers as long again.
+# On a machine that does nothing else: about 15 minutes on two cores, and bench-peers about 10.
 bench: $(VENV)/run
 	$(BIN)/python -m benchmarks.hyperiteration
 	$(BIN)/python -m benchmarks.costs
