@@ -10,6 +10,7 @@ from hyperax.certificate import Certificate, certify
 from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
 from hyperax.constraints import Box, Constraint, Positive, Projected, UnitInterval
+from hyperax.cross_validation import Fold, folds
 from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, Optax, State
 from hyperax.linear_solvers import ConjugateGradient, FixedPoint, Neumann, Nystrom
 from hyperax.methods import (
@@ -34,7 +35,7 @@ from hyperax.problem import Hypergradient, Problem
 from hyperax.rollout import rollout
 from hyperax.simplex import CappedSimplex, Simplex
 from hyperax.stopping import DivergenceWarning, GradientTolerance, Plateau, Progress, Validation
-from hyperax.tasks import TASKS, mean_over_tasks
+from hyperax.tasks import TASKS, Shared, mean_over_tasks, sample_tasks
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "FiniteDifference",
     "FirstOrder",
     "FixedPoint",
+    "Fold",
     "Forward",
     "GradientDescent",
     "GradientTolerance",
@@ -75,6 +77,7 @@ __all__ = [
     "RealTime",
     "Reverse",
     "Reversible",
+    "Shared",
     "Simplex",
     "Solution",
     "State",
@@ -83,9 +86,11 @@ __all__ = [
     "UnusedLeafWarning",
     "Validation",
     "certify",
+    "folds",
     "hypergradient",
     "mean_over_tasks",
     "minibatch",
     "minimize",
     "rollout",
+    "sample_tasks",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Key
 
 from hyperax.checks import leaf_name
 from hyperax.methods.hypergradient import HypergradientFunction, call
@@ -17,6 +19,79 @@ from hyperax.rollout import check_steps
 
 TASKS = "tasks"
 """The name of the mapped axis: `jax.lax.pmean(x, TASKS)` inside `prepare` or E is a mean over the tasks in parallel."""
+
+
+class Shared(eqx.Module):
+    """Data that all tasks see whole, under `mean_over_tasks`: a table of examples of which tasks are folds, an image set.
+
+        data = {"x": Shared(x), "fold": folds}   is for task j   {"x": x, "fold": folds[j]}
+
+    Arguments:
+        value: any pytree. Its arrays need no task axis and are not copied for each task.
+
+    Cost: one copy, whatever N is.
+    Do not use it for what differs between tasks, nor for what is computed from lam (that is `Problem.prepare`).
+
+    >>> import jax.numpy as jnp
+    >>> from hyperax import GradientDescent, Problem, Reverse, hypergradient
+    >>> problem = Problem(
+    ...     inner=lambda w, lam, d: (w - d["x"]) ** 2, outer=lambda w, lam, d: (w * d["scale"]) ** 2, init=lambda lam, d: lam
+    ... )
+    >>> mean = mean_over_tasks(hypergradient(problem, GradientDescent(0.25), Reverse(1)))
+    >>> print(mean(jnp.asarray(2.0), {"x": jnp.asarray([0.0, 2.0]), "scale": Shared(jnp.asarray(10.0))}).value)
+    250.0
+    """
+
+    value: Any
+
+
+def _is_shared(node: Any) -> bool:
+    return isinstance(node, Shared)
+
+
+def split_tasks(data: Data) -> tuple[Data, Data]:
+    """The arrays with a task axis, and what all tasks share, as two trees like `data`."""
+    mapped = jax.tree.map(lambda node: not _is_shared(node) and eqx.is_array(node), data, is_leaf=_is_shared)
+    return eqx.partition(data, mapped)
+
+
+def one_task(arrays: Data, rest: Data) -> Data:
+    """The data of a task as its problem sees them, from its arrays and what all tasks share."""
+    whole = eqx.combine(arrays, rest)
+    return jax.tree.map(lambda node: node.value if _is_shared(node) else node, whole, is_leaf=_is_shared)
+
+
+def sample_tasks(count: int) -> Callable[[Key[Array, ""], Data], Data]:
+    """Draws tasks for each hyperiteration: `minimize(..., sample=sample_tasks(2), key=key)`.
+
+        f_T(lam) is estimated by (1 / count) sum over j in J_k of f_T^j(lam),   J_k drawn without replacement
+
+    Arguments:
+        count: tasks a hyperiteration, at most N. With N itself all are drawn, in another order.
+
+    Returns: a pure function (key, data) -> data with `count` tasks on the leading axis; what is `Shared` stays.
+    Raises: `ValueError` unless 1 <= count <= N.
+    Cost: one permutation of N numbers, and a copy of the arrays of the drawn tasks.
+    Reference: Franceschi et al. 2018, App. B (stochastic cross-validation) and Sec. 3 (mini-batches of episodes).
+    Do not use it for a few cheap tasks: the mean over all of them has no noise, and lets line searches and tolerances
+    work.
+
+    >>> import jax, jax.numpy as jnp
+    >>> drawn = sample_tasks(2)(jax.random.key(0), {"task": jnp.arange(5), "all": Shared(jnp.arange(3))})
+    >>> len(set(drawn["task"].tolist())), drawn["all"].value.tolist()
+    (2, [0, 1, 2])
+    """
+    check_steps(count, "count", 1)
+
+    def sample(key: Key[Array, ""], data: Data) -> Data:
+        number = count_tasks(data)
+        if count > number:
+            raise ValueError(f"{count} tasks cannot be drawn from {number} without repetition: use at most {number}")
+        arrays, rest = split_tasks(data)
+        chosen = jax.random.permutation(key, number)[:count]
+        return eqx.combine(jax.tree.map(lambda x: x[chosen], arrays), rest)
+
+    return sample
 
 
 class MeanOverTasks(eqx.Module):
@@ -33,8 +108,8 @@ class MeanOverTasks(eqx.Module):
 
     def init(self, lam: Lam, data: Data = None) -> Any:
         """The first carry, one a task."""
-        arrays, rest = eqx.partition(data, eqx.is_array)
-        of_task = lambda task: self.hypergradient.init(lam, eqx.combine(task, rest))
+        arrays, rest = split_tasks(data)
+        of_task = lambda task: self.hypergradient.init(lam, one_task(task, rest))
         return jax.vmap(of_task, axis_name=TASKS)(arrays)
 
     @property
@@ -44,8 +119,8 @@ class MeanOverTasks(eqx.Module):
 
     def value(self, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
         """(1 / N) sum over j of f_T^j(lam), all tasks in parallel."""
-        arrays, rest = eqx.partition(data, eqx.is_array)
-        of_task = lambda task, carry: self.hypergradient.value(lam, eqx.combine(task, rest), carry)
+        arrays, rest = split_tasks(data)
+        of_task = lambda task, carry: self.hypergradient.value(lam, one_task(task, rest), carry)
         if self.parallel == 1:
             # A mapped axis of length one makes small inner steps slower on a CPU.
             first, restored = (jax.tree.map(lambda x: x[0], part) for part in (arrays, carry))
@@ -60,10 +135,12 @@ class MeanOverTasks(eqx.Module):
             return Hypergradient(*self._grouped(lam, data, carry))
         axis = self.mesh.axis_names[0]
         variables, fixed = eqx.partition(lam, eqx.is_array)
-        arrays, rest = eqx.partition(data, eqx.is_array)
+        arrays, rest = split_tasks(data)
 
-        def on_device(variables: Lam, arrays: Data, carry: Any) -> tuple[Any, ...]:
-            data = eqx.combine(arrays, rest)
+        everywhere, rest = eqx.partition(rest, eqx.is_array)
+
+        def on_device(variables: Lam, everywhere: Data, arrays: Data, carry: Any) -> tuple[Any, ...]:
+            data = eqx.combine(arrays, everywhere, rest)
             value, grad, *outcome = self._grouped(eqx.combine(variables, fixed), data, carry)
             return jax.lax.pmean((value, grad), axis), tuple(outcome)
 
@@ -71,18 +148,18 @@ class MeanOverTasks(eqx.Module):
         sharded = jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(PartitionSpec(), over_tasks, over_tasks),
+            in_specs=(PartitionSpec(), PartitionSpec(), over_tasks, over_tasks),
             out_specs=(PartitionSpec(), over_tasks),
             check_vma=False,
         )
-        (value, grad), outcome = sharded(variables, arrays, carry)
+        (value, grad), outcome = sharded(variables, everywhere, arrays, carry)
         return Hypergradient(value, grad, *outcome)
 
     def _grouped(self, lam: Lam, data: Data, carry: Any) -> tuple[Any, ...]:
         """The fields of the mean hypergradient over these tasks, `parallel` of them at a time."""
         count = count_tasks(data)
         together = min(self.parallel or count, count)
-        arrays, rest = eqx.partition(data, eqx.is_array)
+        arrays, rest = split_tasks(data)
 
         def of_group(arrays: Data, carry: Any) -> tuple[Scalar, Lam, Outcome]:
             value = lambda x: self.value(x, eqx.combine(arrays, rest), carry)
@@ -115,8 +192,8 @@ class MeanOverTasks(eqx.Module):
             raise ValueError(
                 f"{count // devices} tasks a device cannot be run {self.parallel} at a time: let `parallel` divide them"
             )
-        arrays, rest = eqx.partition(data, eqx.is_array)
-        of_task = lambda task: self.hypergradient.check(lam, eqx.combine(task, rest))
+        arrays, rest = split_tasks(data)
+        of_task = lambda task: self.hypergradient.check(lam, one_task(task, rest))
         if self.parallel != 1:
             # Mapped, because the objectives may use the task axis by name.
             jax.eval_shape(jax.vmap(of_task, axis_name=TASKS), arrays)
@@ -145,6 +222,8 @@ def mean_over_tasks(
             gradients are summed, which bounds memory and, on a CPU, keeps a group's activations in the cache.
             `None`: all at once.
         mesh: a device mesh with one axis; N / (number of devices) tasks go to each device, and `parallel` counts those.
+
+    In `data`, what is `Shared` has no task axis: every task sees all of it.
 
     Returns: a function like the one given; `value` and `grad` are means, `state`, `carry` and the metrics have a
     leading axis of N.
@@ -180,7 +259,7 @@ def count_tasks(data: Data) -> int:
     """N, the length of the leading axis that all arrays of `data` share."""
     lengths = {
         leaf_name("data", path): leaf.shape[0] if leaf.ndim else None
-        for path, leaf in jax.tree_util.tree_leaves_with_path(data)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(split_tasks(data)[0])
         if eqx.is_array(leaf)
     }
     if not lengths:

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from hyperax.methods import HypergradientFunction
 from hyperax.problem import Data, Lam
-from hyperax.tasks import TASKS, MeanOverTasks, count_tasks
+from hyperax.tasks import TASKS, MeanOverTasks, count_tasks, one_task, split_tasks
 
 Measure = Callable[..., Any]
 """(problem, dynamics, lam, data, shared, mapped) -> arrays of one task; `mapped` is of each task, `shared` of all."""
@@ -87,7 +87,8 @@ class Subject(eqx.Module):
     def _prepared(self, measure: Measure, mapped: Any) -> tuple[Any, list[tuple[Data, Any]]]:
         """What is constant, and (arrays of data, mapped) of each group of tasks."""
         rest = eqx.filter(self.lam, eqx.is_inexact_array, inverse=True)
-        arrays, others = eqx.partition(self.data, eqx.is_array)
+        over_tasks = isinstance(self.whole, MeanOverTasks)
+        arrays, others = split_tasks(self.data) if over_tasks else eqx.partition(self.data, eqx.is_array)
         # Not the method: most measures do without, and then those of two methods share one compiled program.
         fixed = (measure, self.single.problem, self.single.dynamics, rest, others)
         if not isinstance(self.whole, MeanOverTasks):
@@ -105,7 +106,9 @@ def _measured(fixed: Any, floats: Lam, arrays: Data, shared: Any, mapped: Any) -
 
 
 def _mapped(fixed: Any, floats: Lam, arrays: Data, shared: Any, mapped: Any) -> Any:
-    of_task = lambda arrays, mapped: _measured(fixed, floats, arrays, shared, mapped)
+    measure, problem, dynamics, rest, others = fixed
+    lam = eqx.combine(floats, rest)
+    of_task = lambda arrays, mapped: measure(problem, dynamics, lam, one_task(arrays, others), shared, mapped)
     return jax.vmap(of_task, axis_name=TASKS)(arrays, mapped)
 
 
