@@ -35,11 +35,11 @@ class Fold(eqx.Module):
     train: Float[Array, "... n"]
     validation: Float[Array, "... n"]
 
-    def training_mean(self, values: Float[Array, "n"]) -> Scalar:
+    def training_mean(self, values: Float[Array, " n"]) -> Scalar:
         """The mean over the training examples of a fold."""
         return jnp.sum(self.train * values) / jnp.sum(self.train)
 
-    def validation_mean(self, values: Float[Array, "n"]) -> Scalar:
+    def validation_mean(self, values: Float[Array, " n"]) -> Scalar:
         """The mean over the validation examples of a fold."""
         return jnp.sum(self.validation * values) / jnp.sum(self.validation)
 

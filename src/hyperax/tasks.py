@@ -22,7 +22,7 @@ TASKS = "tasks"
 
 
 class Shared(eqx.Module):
-    """Data that all tasks see whole, under `mean_over_tasks`: a table of examples of which tasks are folds, an image set.
+    """Data that all tasks see whole, under `mean_over_tasks`: a table whose folds are the tasks, a set of images.
 
         data = {"x": Shared(x), "fold": folds}   is for task j   {"x": x, "fold": folds[j]}
 
@@ -35,7 +35,9 @@ class Shared(eqx.Module):
     >>> import jax.numpy as jnp
     >>> from hyperax import GradientDescent, Problem, Reverse, hypergradient
     >>> problem = Problem(
-    ...     inner=lambda w, lam, d: (w - d["x"]) ** 2, outer=lambda w, lam, d: (w * d["scale"]) ** 2, init=lambda lam, d: lam
+    ...     inner=lambda w, lam, d: (w - d["x"]) ** 2,
+    ...     outer=lambda w, lam, d: (w * d["scale"]) ** 2,
+    ...     init=lambda lam, d: lam,
     ... )
     >>> mean = mean_over_tasks(hypergradient(problem, GradientDescent(0.25), Reverse(1)))
     >>> print(mean(jnp.asarray(2.0), {"x": jnp.asarray([0.0, 2.0]), "scale": Shared(jnp.asarray(10.0))}).value)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyperax.experiments import effect_of_t, few_shot, report
+from hyperax.experiments import effect_of_t, few_shot, report, study
 from hyperax.experiments.config import FewShotConfig, Published
 from hyperax.experiments.effect_of_t import EffectOfTConfig
 from hyperax.experiments.few_shot import load
 from hyperax.experiments.recipes import recipe, recipes
+from hyperax.experiments.studies import STUDIES
 
 __all__ = [
     "EffectOfTConfig",
@@ -63,7 +65,7 @@ def _published_accuracy(config: FewShotConfig) -> str:
 
 _FEW_SHOT = "few-shot"
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     _FEW_SHOT: Kind(
         FewShotConfig, few_shot.run, few_shot.resume, report.write_report, report.format_table, _published_accuracy
     ),
@@ -75,6 +77,16 @@ KINDS = {
         effect_of_t.format_table,
         lambda config: f"times in {effect_of_t.PAPER['source']}",
     ),
+} | {
+    kind.kind: Kind(
+        kind,
+        study.run,
+        partial(study.resume, kind),
+        partial(study.write_report, kind),
+        study.format_table,
+        lambda config: config.published(),
+    )
+    for kind in STUDIES  # what they need beside their class is the same for all
 }
 """The kinds by the name in `config.json` and `summary.json`; files that name none are of few-shot runs."""
 

@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 
 from hyperax.experiments.config import FewShotConfig, Published
 from hyperax.experiments.effect_of_t import EffectOfTConfig
+from hyperax.experiments.studies import STUDIES
+from hyperax.experiments.study import Study
 from hyperax.fewshot.datasets import Glyphs, ImageFolder, MiniImageNet, Omniglot
 
-Config: TypeAlias = FewShotConfig | EffectOfTConfig
+Config: TypeAlias = FewShotConfig | EffectOfTConfig | Study
 """A complete configuration, of any kind of experiment."""
 
 _TABLE_3 = "Franceschi et al. 2018, Table 3"
@@ -142,6 +144,7 @@ def recipes() -> dict[str, Config]:
         *(_miniimagenet(network, shots) for network in ("c4l", "rn") for shots in (1, 5)),
         _folder(),
         EffectOfTConfig(),
+        *(study() for study in STUDIES),
     ]
     return {config.recipe: config for config in found}
 

@@ -179,6 +179,24 @@ def again(recipe: str | None, seed: int | None) -> str:
     return f"hyperax run {shlex.quote(str(recipe or 'RECIPE'))}" + ("" if seed is None else f" --seed {seed}")
 
 
+def unfinished(how_far: str, name: str) -> str:
+    """What the page of a run that keeps finished parts says before its end."""
+    return (
+        f"<p class=note><strong>This run has not ended:</strong> {how_far} "
+        f"It goes on with <code>hyperax resume {escape(shlex.quote(name))}</code>.</p>"
+    )
+
+
+def where_measured(summary: dict[str, Any]) -> dict[str, Any]:
+    """Commit, seed, machine, seconds and versions, for the page's environment."""
+    rows = {
+        name: summary[name] for name in ("commit", "seed", "machine", "hyperiterations", "features") if name in summary
+    }
+    rows["seconds"] = (summary.get("timing") or {}).get("seconds")
+    rows |= summary.get("versions") or {}
+    return {name: "not recorded" if value is None else value for name, value in rows.items()}
+
+
 def embedded(path: Path, alternative: str, caption: str) -> str:
     """A figure of the page, with its image inside."""
     image = base64.b64encode(path.read_bytes()).decode()

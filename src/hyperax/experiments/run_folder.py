@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import equinox as eqx
+import numpy as np
 
 from hyperax.experiments.config import config_from_json
 from hyperax.fewshot.datasets.sources import named_folder
@@ -121,6 +123,26 @@ class RunFolder:
         """The value of a file, `None` if there is no such file."""
         file = self.path / name
         return json.loads(file.read_text()) if file.exists() else None
+
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace `arrays/NAME.npz` by these arrays, in one move."""
+        folder = self.path / "arrays"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{name}.npz.new"
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(temporary, folder / f"{name}.npz")
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of `arrays/NAME.npz`, none if there is no such file."""
+        path = self.path / "arrays" / f"{name}.npz"
+        if not path.exists():
+            return {}
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): run the recipe again in another folder") from None
 
     def write_representation(self, lam: Any) -> None:
         """Replace `representation.eqx` by this lam, in one move."""

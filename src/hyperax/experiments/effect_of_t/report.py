@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from hyperax.experiments import report
 from hyperax.experiments.effect_of_t.figures import EXACT, PAPER, accuracies, milliseconds, name_of, objectives, times
 from hyperax.experiments.figures import save
 from hyperax.experiments.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    pass
 
 _SCORES = ("value", "exact", "train", "validation", "test")
 
@@ -134,13 +130,14 @@ def write_report(folder: str | Path) -> Path:
         path = save(figure, run.path / "figures" / f"{name}.png")
         shown.append(report.embedded(path, alternative, caption.format(band=band, first=config["step_counts"][0])))
     name = run.path.resolve().name
+    so_far = f"{len(run.lines('curves.jsonl'))} curves are finished."
     text = report.page(
         title=config["title"],
-        result=_result(summary) if summary else _unfinished(run, name),
+        result=_result(summary) if summary else report.unfinished(so_far, name),
         figures=shown or ["<p class=soft>No curves: none has been finished.</p>"],
         again=report.again(config["recipe"], config["seed"]),
         name=name,
-        environment=_environment(summary or {}),
+        environment=report.where_measured(summary or {}),
         data=(summary or {}).get("source"),
         config=config,
     )
@@ -215,20 +212,6 @@ def _result(summary: dict[str, Any]) -> str:
 <div class=scroll><table>
 <tr>{"".join(f"<th class=numeric>{head}</th>" for head in heads)}</tr>
 {"".join(cells)}</table></div>"""
-
-
-def _unfinished(run: RunFolder, name: str) -> str:
-    return (
-        f"<p class=note><strong>This run has not ended:</strong> {len(run.lines('curves.jsonl'))} curves are finished. "
-        f"It goes on with <code>hyperax resume {escape(shlex.quote(name))}</code>.</p>"
-    )
-
-
-def _environment(summary: dict[str, Any]) -> dict[str, Any]:
-    rows = {name: summary.get(name) for name in ("commit", "seed", "hyperiterations", "machine", "features")}
-    rows["seconds"] = (summary.get("timing") or {}).get("seconds")
-    rows |= summary.get("versions") or {}
-    return {name: "not recorded" if value is None else value for name, value in rows.items()}
 
 
 def _leads(leader: dict[str, Any]) -> str:

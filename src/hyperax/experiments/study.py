@@ -1,0 +1,308 @@
+"""Studies: experiments that are a list of parts, a table and some figures; their runner, their report."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from hyperax.experiments import environment, report
+from hyperax.experiments.figures import save
+from hyperax.experiments.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Say = Callable[[str], None]
+"""Tells a person, at a terminal, how far the part is."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a study measured.
+
+    Fields:
+        records: dicts of JSON types, for `records.jsonl`.
+        arrays: what figures need and is too large for a record (images, weights), for `arrays/PART.npz`.
+    """
+
+    records: Sequence[Mapping[str, Any]] = ()
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure of the report: its name as a file, what stands in its place, its caption in HTML."""
+
+    name: str
+    figure: Figure
+    alternative: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The data of a study, and what determines them (digests, sizes), as a dict of JSON types."""
+
+    data: Any
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study(abc.ABC):
+    """A configuration whose parts are measured one by one, each kept when it is finished.
+
+    A kind of study is a subclass, a frozen dataclass: its fields are the options of the command line, its methods say
+    what is measured and what is shown. It adds itself to `STUDIES` in `experiments/__init__.py` and to the recipes.
+    """
+
+    kind: ClassVar[str]
+    """Its name in `config.json`."""
+
+    recipe: str = ""
+    """Name of the recipe this configuration comes from."""
+    title: str = ""
+    """What a report calls the run."""
+    seed: int = 0
+    """Of everything that is drawn."""
+
+    @abc.abstractmethod
+    def open(self, data_dir: str | None) -> Opened:
+        """The data; `ValueError`, with what to do, if they are not there. Quick: it runs before the folder is made."""
+
+    @abc.abstractmethod
+    def parts(self) -> Sequence[str]:
+        """The names of the parts, in their order: file names."""
+
+    @abc.abstractmethod
+    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], say: Say) -> Part:
+        """Measure one part; `earlier` has those before it."""
+
+    @abc.abstractmethod
+    def summarise(self, measured: Mapping[str, Part]) -> dict[str, Any]:
+        """What `summary.json` says of all parts, at least
+
+        "headline": {"number", "text"}, "table": {"columns", "rows"} with text in the cells, "notes": sentences.
+        """
+
+    @abc.abstractmethod
+    def figures(self, measured: Mapping[str, Part], summary: Mapping[str, Any]) -> list[Shown]:
+        """The figures of a finished run."""
+
+    def published(self) -> str:
+        """The published number in words, or nothing."""
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types."""
+        plain = lambda x: list(x) if isinstance(x, tuple) else x
+        return {"kind": self.kind} | {name: plain(x) for name, x in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> Self:
+        """The configuration that `to_json` wrote."""
+        try:
+            named = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if name != "kind"}
+            return cls(**named)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"this is not the configuration of a {cls.kind} of this version: {error}") from error
+
+
+def run(config: Study, out: str | Path, *, data_dir: str | None = None, progress: bool = False) -> dict[str, Any]:
+    """Run a study in a new folder and return its summary.
+
+    Arguments:
+        config: a recipe, with some fields changed or not.
+        out: a folder that is empty or does not exist.
+        data_dir: where the data are; else the environment variable HYPERAX_DATA.
+        progress: say which part is being measured.
+
+    Returns: what `summary.json` holds.
+    Raises: `ValueError` for a folder in use or missing data; before any work and before the folder is made.
+    """
+    RunFolder(out).require_unused()
+    opened = config.open(data_dir)
+    folder = RunFolder.create(out, config, data_dir)
+    folder.write_json("source.json", opened.provenance)
+    return _run(config, folder, opened, progress)
+
+
+def resume(
+    kind: type[Study],
+    out: str | Path,
+    *,
+    data_dir: str | None = None,
+    checkpoint: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Go on with an interrupted run and return its summary: finished parts are kept, the one begun starts again.
+
+    Arguments:
+        kind: the class of the configuration.
+        out: the run's folder.
+        data_dir: where the data are; by default where they were when the run began.
+        checkpoint: to be left out, because parts have none.
+        progress: as in `run`.
+
+    Returns: what `summary.json` holds.
+    Raises: `ValueError` for other data than the run began with.
+    """
+    if checkpoint is not None:
+        raise ValueError("a run of this kind has no checkpoints, it keeps finished parts: resume without --checkpoint")
+    folder, config = RunFolder.open(out, kind.from_json)
+    opened = config.open(data_dir or folder.data_dir())
+    if folder.read_json("source.json") != opened.provenance:
+        raise ValueError(
+            f"the data are not those that {folder.path} began with (source.json): give --data-dir, or start the run "
+            "again in another folder"
+        )
+    return _run(config, folder, opened, progress)
+
+
+def _run(config: Study, folder: RunFolder, opened: Opened, progress: bool) -> dict[str, Any]:
+    begin = time.perf_counter()
+    say = lambda words: print(words, file=sys.stderr, flush=True) if progress else None
+    say(f"run folder: {folder.path}")
+    where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
+    folder.begin_session()
+    measured, ended = _measured(config, folder)
+    names = config.parts()
+    for at, name in enumerate(names):
+        if name in measured:
+            continue
+        say(f"part {at + 1} of {len(names)}: {name}")
+        start = time.perf_counter()
+        part = config.measure(name, opened.data, measured, say)
+        ended.append({"part": name, "seconds": round(time.perf_counter() - start, 3), **_memory()})
+        measured[name] = Part([{"part": name, **record} for record in part.records], part.arrays)
+        if part.arrays:
+            folder.write_arrays(name, part.arrays)
+        folder.replace_lines("records.jsonl", [record for kept in measured.values() for record in kept.records])
+        folder.replace_lines("parts.jsonl", ended)  # last: it says that the part is complete
+        folder.note_seconds(at + 1, time.perf_counter() - begin)
+    summary = {"kind": config.kind, "recipe": config.recipe, "title": config.title, "seed": config.seed}
+    summary |= config.summarise(measured)
+    summary |= {"stopped": f"completed {len(names)} parts", "source": opened.provenance, **where}
+    summary["timing"] = {"parts": ended, "seconds": round(folder.seconds(time.perf_counter() - begin), 1)}
+    folder.write_json("summary.json", summary)
+    write_report(type(config), folder.path)
+    return summary
+
+
+def _measured(config: Study, folder: RunFolder) -> tuple[dict[str, Part], list[dict[str, Any]]]:
+    """The finished parts, in order, and the lines that say so."""
+    ended = [line for line in folder.lines("parts.jsonl") if line["part"] in config.parts()]
+    records = folder.lines("records.jsonl")
+    of = lambda name: [record for record in records if record["part"] == name]
+    return {line["part"]: Part(of(line["part"]), folder.read_arrays(line["part"])) for line in ended}, ended
+
+
+def _memory() -> dict[str, int]:
+    """The most memory that this process has held so far, in MB."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # not on Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20}
+
+
+def write_report(kind: type[Study], folder: str | Path) -> Path:
+    """Write `report.html` and `figures/*.png` into a run folder.
+
+    Arguments:
+        kind: the class of the configuration.
+        folder: of a run; one that has not ended says how far it is.
+
+    Raises: `ValueError` for a folder that holds no run of this kind, or a damaged file in it.
+    """
+    opened, config = RunFolder.open(folder, kind.from_json)
+    try:
+        summary = opened.read_json("summary.json")
+    except ValueError as error:
+        raise ValueError(f"a file of {opened.path} is damaged ({error}): run the recipe again") from None
+    measured, ended = _measured(config, opened)
+    shown = []
+    for figure in config.figures(measured, summary) if summary else []:
+        path = save(figure.figure, opened.path / "figures" / f"{figure.name}.png")
+        shown.append(report.embedded(path, figure.alternative, figure.caption))
+    name = opened.path.resolve().name
+    text = report.page(
+        title=config.title,
+        result=_result(summary) if summary else report.unfinished(f"{len(ended)} parts are finished.", name),
+        figures=shown or ["<p class=soft>No figures: the run has not ended.</p>"],
+        again=report.again(config.recipe, config.seed),
+        name=name,
+        environment=report.where_measured(summary or {}),
+        data=(summary or {}).get("source"),
+        config=config.to_json(),
+    )
+    path = opened.path / "report.html"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def format_table(summary: Mapping[str, Any], report: str | Path | None = None) -> str:
+    """The table of a finished run as lines of text.
+
+    Arguments:
+        summary: contents of `summary.json`.
+        report: where the report is, if it is to be said.
+
+    >>> table = {"columns": ["T", "error"], "rows": [["10", "0.5"], ["250", "0.25"]]}
+    >>> print(format_table({"recipe": "ridge", "headline": {"number": "0.25", "text": "is least."}, "table": table}))
+    ridge: 0.25 is least.
+      T    error
+      10   0.5
+      250  0.25
+    """
+    rows = [summary["table"]["columns"], *summary["table"]["rows"]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  " + "  ".join(f"{x:<{width}}" for x, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    headline = f"{summary['recipe']}: {summary['headline']['number']} {summary['headline']['text']}"
+    return "\n".join([headline, *lines, *([f"report: {report}"] if report else [])])
+
+
+def _result(summary: Mapping[str, Any]) -> str:
+    headline, table = summary["headline"], summary["table"]
+    heads = "".join(f"<th{' class=numeric' if i else ''}>{escape(x)}</th>" for i, x in enumerate(table["columns"]))
+    cells = lambda row: "".join(f"<td{' class=numeric' if i else ''}>{escape(x)}</td>" for i, x in enumerate(row))
+    rows = "".join(f"<tr>{cells(row)}</tr>\n" for row in table["rows"])
+    notes = "".join(f"<li>{escape(note)}</li>" for note in summary["notes"])
+    return f"""<p class=number>{escape(headline["number"])}</p>
+<p>{escape(headline["text"])}</p>
+<div class=scroll><table><tr>{heads}</tr>
+{rows}</table></div>
+<ul>{notes}</ul>"""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval, by Student's t; `nan` for a single value.
+
+    >>> mean, half = interval([1.0, 2.0, 3.0])
+    >>> round(mean, 3), round(half, 3)
+    (2.0, 2.484)
+    """
+    from scipy.stats import t
+
+    x = np.asarray(values, float)
+    half = t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.nan
+    return float(x.mean()), float(half)
+
+
+def plus_minus(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+    """The mean with its 95 % interval, as text.
+
+    >>> plus_minus([0.5, 0.6], 1, scale=100)
+    '55.0 ± 63.5'
+    """
+    mean, half = interval(np.multiply(values, scale).tolist())
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
