@@ -89,6 +89,12 @@ def folds(splitter: Any, x: Any, y: Any = None, groups: Any = None) -> Fold:
 
 
 def _pairs(splitter: Any, x: Any, y: Any, groups: Any) -> Iterable[Any]:
+    if isinstance(splitter, bool | str) or not (
+        hasattr(splitter, "split") or isinstance(splitter, int | np.integer | Iterable)
+    ):
+        raise ValueError(
+            f"splitter is {splitter!r}; use a number of folds, a splitter of scikit-learn, or pairs of index arrays"
+        )
     if hasattr(splitter, "split") or isinstance(splitter, int | np.integer):
         try:
             from sklearn.model_selection import check_cv
@@ -100,10 +106,6 @@ def _pairs(splitter: Any, x: Any, y: Any, groups: Any) -> Iterable[Any]:
             ) from error
         labels = y is not None and type_of_target(y) in ("binary", "multiclass")
         return check_cv(splitter, y, classifier=labels).split(np.zeros(_length(x)), y, groups)
-    if not isinstance(splitter, Iterable) or isinstance(splitter, str):
-        raise ValueError(
-            f"splitter is {splitter!r}; use a number of folds, a splitter of scikit-learn, or pairs of index arrays"
-        )
     return splitter
 
 
