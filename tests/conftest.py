@@ -1,4 +1,4 @@
-"""Gradients are compared in float64; nothing a test does touches the user's caches."""
+"""Gradients are compared in float64; programs are compiled fast; nothing a test does touches the user's caches."""
 
 import os
 
@@ -8,6 +8,12 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 2)  # for the tests that shard tasks over devices
+
+# Most of the suite's time is the compilation of small programs: without these options it is three times as long.
+# What XLA_FLAGS already says comes last, and wins; `problems.OPTIMISED` compiles one program as outside of the tests.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if QUICK not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 # The same examples on every machine; a first example compiles, so that it has no deadline.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)

@@ -259,7 +259,7 @@ def test_a_process_killed_at_random_moments(tmp_path):
 
     chance, survived = random.Random(), 0
     checkpoint = Checkpoint(tmp_path / "killed", every=2)
-    for _ in range(3):
+    for _ in range(2):
         before = checkpoint.files()
         with start(pause=0.005) as process:
             deadline = time.monotonic() + 60
@@ -268,7 +268,7 @@ def test_a_process_killed_at_random_moments(tmp_path):
             time.sleep(chance.uniform(0, 0.15))
             process.send_signal(signal.SIGKILL)
             survived += process.wait() == 0
-    assert survived < 3  # at least one of them was killed in the middle
+    assert survived < 2  # at least one of them was killed in the middle
     last = start(pause=0)
     namespace = {}
     exec(SCRIPT, namespace)

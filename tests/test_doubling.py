@@ -110,7 +110,7 @@ def unchecked(f, lam=LAM, data=DATA):
 @pytest.mark.parametrize(
     ("problem", "dynamics", "steps", "size", "columns"),
     [
-        *(("small", "one rate", steps, 3, 1) for steps in STEPS),
+        *(("small", "one rate", steps, 3, 1) for steps in (0, 1, 7, 100)),
         *(("small", "momentum", steps, 3, 1) for steps in STEPS),
         ("alike", "one rate", 100, 5, 3),
         ("alike", "momentum", 16, 5, 3),
