@@ -110,7 +110,9 @@ class Study(abc.ABC):
     def from_json(cls, config: dict[str, Any]) -> Self:
         """The configuration that `to_json` wrote."""
         try:
-            named = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if name != "kind"}
+            named: dict[str, Any] = {
+                name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if name != "kind"
+            }
             return cls(**named)
         except (AttributeError, TypeError) as error:
             raise ValueError(f"this is not the configuration of a {cls.kind} of this version: {error}") from error
@@ -159,7 +161,11 @@ def resume(
         raise ValueError("a run of this kind has no checkpoints, it keeps finished parts: resume without --checkpoint")
     folder, config = RunFolder.open(out, kind.from_json)
     opened = config.open(data_dir or folder.data_dir())
-    if folder.read_json("source.json") != opened.provenance:
+    try:
+        source = folder.read_json("source.json")
+    except ValueError as error:
+        raise ValueError(f"{folder.path / 'source.json'} is damaged ({error}): start the run again") from None
+    if source != opened.provenance:
         raise ValueError(
             f"the data are not those that {folder.path} began with (source.json): give --data-dir, or start the run "
             "again in another folder"
@@ -181,11 +187,12 @@ def _run(config: Study, folder: RunFolder, opened: Opened, progress: bool) -> di
         say(f"part {at + 1} of {len(names)}: {name}")
         start = time.perf_counter()
         part = config.measure(name, opened.data, measured, say)
-        ended.append({"part": name, "seconds": round(time.perf_counter() - start, 3), **_memory()})
+        kept = {"records": len(part.records), "arrays": len(part.arrays)}
+        ended.append({"part": name, "seconds": round(time.perf_counter() - start, 3), **kept, **_memory()})
         measured[name] = Part([{"part": name, **record} for record in part.records], part.arrays)
         if part.arrays:
             folder.write_arrays(name, part.arrays)
-        folder.replace_lines("records.jsonl", [record for kept in measured.values() for record in kept.records])
+        folder.replace_lines("records.jsonl", [dict(record) for kept in measured.values() for record in kept.records])
         folder.replace_lines("parts.jsonl", ended)  # last: it says that the part is complete
         folder.note_seconds(at + 1, time.perf_counter() - begin)
     summary = {"kind": config.kind, "recipe": config.recipe, "title": config.title, "seed": config.seed}
@@ -202,7 +209,16 @@ def _measured(config: Study, folder: RunFolder) -> tuple[dict[str, Part], list[d
     ended = [line for line in folder.lines("parts.jsonl") if line["part"] in config.parts()]
     records = folder.lines("records.jsonl")
     of = lambda name: [record for record in records if record["part"] == name]
-    return {line["part"]: Part(of(line["part"]), folder.read_arrays(line["part"])) for line in ended}, ended
+    measured = {line["part"]: Part(of(line["part"]), folder.read_arrays(line["part"])) for line in ended}
+    for line in ended:
+        part = measured[line["part"]]
+        for name, found in (("records", len(part.records)), ("arrays", len(part.arrays))):
+            if line.get(name, found) != found:  # a kill cannot do this: a file was changed
+                raise ValueError(
+                    f"{folder.path} has {found} {name} of {line['part']}, which had {line[name]}: records.jsonl or "
+                    "arrays/ is damaged, run the recipe again in another folder"
+                )
+    return measured, ended
 
 
 def _memory() -> dict[str, int]:
