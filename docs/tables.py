@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for benchmarks.tables
 
 from benchmarks.tables import costs, methods, peers, peers_steps  # noqa: E402
 
-PAGES = ("README.md", "docs/methods.md", "docs/theory.md")
+PAGES = ("README.md", "docs/methods.md", "docs/theory.md", "docs/hyperparameters.md")
 """The pages with blocks between <!-- name --> and <!-- end -->."""
 
 
@@ -74,8 +76,11 @@ def miniimagenet() -> str:
 
 def _few_shot_runs() -> list[tuple[Path, dict]]:
     """The committed summaries of this kind; those of other kinds name theirs."""
-    found = [(path, json.loads(path.read_text())) for path in sorted((ROOT / "results").glob("*/summary.json"))]
-    return [(path, run) for path, run in found if "kind" not in run]
+    return [(path, run) for path, run in _summaries() if "kind" not in run]
+
+
+def _summaries() -> list[tuple[Path, dict]]:
+    return [(path, json.loads(path.read_text())) for path in sorted((ROOT / "results").glob("*/summary.json"))]
 
 
 def _percent(score: dict[str, float]) -> str:
@@ -108,22 +113,34 @@ def effect_of_t() -> str:
     return "\n".join([*lines, "", note])
 
 
+def study(run: dict[str, Any]) -> str:
+    """Table and notes of a study, as in its report."""
+    table, recipe = run["table"], run["recipe"]
+    lines = [f"| {' | '.join(table['columns'])} |", f"|{'---|' * len(table['columns'])}"]
+    lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
+    minutes = run["timing"]["seconds"] / 60
+    where = (
+        f"`hyperax run {recipe} --seed {run['seed']}`: {minutes:.0f} minutes, {run['machine']}, commit {run['commit']}."
+    )
+    return "\n".join([*lines, "", where, *run["notes"]])
+
+
 def _spread(score: dict[str, float]) -> str:
     return f"{100 * score['mean']:.1f} ± {100 * score['sd']:.1f}"
 
 
 BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
 BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps)}
+BLOCKS |= {path.parent.name.replace("-", "_"): partial(study, run) for path, run in _summaries() if "headline" in run}
 
 
 def updated(text: str) -> str:
     """The text with every block written again."""
     for name in re.findall(r"<!-- (\w+) -->\n", text):
         if name in BLOCKS:
+            block = BLOCKS[name]()
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(
-                pattern, lambda found, name=name: f"{found[1]}{BLOCKS[name]()}\n{found[2]}", text, flags=re.DOTALL
-            )
+            text = re.sub(pattern, lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text, flags=re.DOTALL)
     return text
 
 

@@ -9,9 +9,9 @@ from hyperax.batches import minibatch
 from hyperax.certificate import Certificate, certify
 from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
-from hyperax.constraints import Box, Constraint, Positive, Projected, UnitInterval
+from hyperax.constraints import Box, Constraint, Logarithmic, Positive, Projected, UnitInterval
 from hyperax.cross_validation import Fold, folds
-from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, Optax, State
+from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, Newton, Optax, State
 from hyperax.linear_solvers import ConjugateGradient, FixedPoint, Neumann, Nystrom
 from hyperax.methods import (
     ClosedForm,
@@ -31,11 +31,22 @@ from hyperax.methods import (
     hypergradient,
 )
 from hyperax.minimize import Solution, minimize
+from hyperax.mixed_search import MixedSolution, TrialFailedWarning, mixed_search
 from hyperax.problem import Hypergradient, Problem
 from hyperax.rollout import rollout
 from hyperax.simplex import CappedSimplex, Simplex
 from hyperax.stopping import DivergenceWarning, GradientTolerance, Plateau, Progress, Validation
 from hyperax.tasks import TASKS, Shared, mean_over_tasks, sample_tasks
+from hyperax.tuning import (
+    Hyperparameter,
+    Trained,
+    Training,
+    Tuned,
+    log_scale,
+    logit_scale,
+    piecewise_schedule,
+    tune,
+)
 
 __version__ = "0.1.0"
 
@@ -63,9 +74,13 @@ __all__ = [
     "GradientTolerance",
     "HeavyBall",
     "Hypergradient",
+    "Hyperparameter",
     "Implicit",
+    "Logarithmic",
     "Method",
+    "MixedSolution",
     "Neumann",
+    "Newton",
     "Nystrom",
     "Optax",
     "Plateau",
@@ -81,16 +96,25 @@ __all__ = [
     "Simplex",
     "Solution",
     "State",
+    "Trained",
+    "Training",
+    "TrialFailedWarning",
     "Truncated",
+    "Tuned",
     "UnitInterval",
     "UnusedLeafWarning",
     "Validation",
     "certify",
     "folds",
     "hypergradient",
+    "log_scale",
+    "logit_scale",
     "mean_over_tasks",
     "minibatch",
     "minimize",
+    "mixed_search",
+    "piecewise_schedule",
     "rollout",
     "sample_tasks",
+    "tune",
 ]

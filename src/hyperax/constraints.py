@@ -62,8 +62,24 @@ class Constraint(eqx.Module):
         """Which entries are inside or on the border."""
 
 
+class _HalfLine(Constraint):
+    """What the two sets of positive numbers share."""
+
+    def project(self, lam: Leaf) -> Leaf:
+        """max(lam, 0)."""
+        return jnp.maximum(lam, 0)
+
+    def interior(self, lam: Leaf) -> Mask:
+        """0 < lam < infinity."""
+        return (lam > 0) & jnp.isfinite(lam)
+
+    def closure(self, lam: Leaf) -> Mask:
+        """0 <= lam < infinity."""
+        return (lam >= 0) & jnp.isfinite(lam)
+
+
 @final
-class Positive(Constraint):
+class Positive(_HalfLine):
     """The positive numbers.
 
         lam = log(1 + exp(u)),   u = lam + log(1 - exp(-lam)),   project(lam) = max(lam, 0)
@@ -87,17 +103,31 @@ class Positive(Constraint):
         """The inverse, as lam + log(1 - exp(-lam)), which unlike log(exp(lam) - 1) neither overflows nor cancels."""
         return lam + jnp.log(-jnp.expm1(-lam))
 
-    def project(self, lam: Leaf) -> Leaf:
-        """max(lam, 0)."""
-        return jnp.maximum(lam, 0)
 
-    def interior(self, lam: Leaf) -> Mask:
-        """0 < lam < infinity."""
-        return (lam > 0) & jnp.isfinite(lam)
+@final
+class Logarithmic(_HalfLine):
+    """The positive numbers, moved on a logarithmic scale.
 
-    def closure(self, lam: Leaf) -> Mask:
-        """0 <= lam < infinity."""
-        return (lam >= 0) & jnp.isfinite(lam)
+        lam = exp(u),   u = log(lam),   project(lam) = max(lam, 0)
+
+    An update of u multiplies lam, whatever its size; below the smallest normal number of the type lam stays there, so
+    that log(lam) is finite.
+
+    Cost: elementwise.
+    Do not use it where lam may have to grow far in one update (exp overflows): `Positive` is linear far from 0.
+
+    >>> import jax.numpy as jnp
+    >>> Logarithmic().inverse(jnp.array([1.0, 100.0])).tolist()
+    [0.0, 4.60517]
+    """
+
+    def forward(self, u: Leaf) -> Leaf:
+        """exp(u)."""
+        return jnp.maximum(jnp.exp(u), jnp.finfo(u.dtype).tiny)
+
+    def inverse(self, lam: Leaf) -> Leaf:
+        """log(lam)."""
+        return jnp.log(lam)
 
 
 class _Interval(Constraint):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -85,7 +86,8 @@ def folds(splitter: Any, x: Any, y: Any = None, groups: Any = None) -> Fold:
     if not rows:
         raise ValueError("there are no folds: give at least one pair (training indices, validation indices)")
     train, validation = np.stack(rows, 1)
-    return Fold(jnp.asarray(train), jnp.asarray(validation))
+    # `device_put`, because `jnp.asarray` compiles a program for each shape.
+    return Fold(*jax.device_put((train, validation)))
 
 
 def _pairs(splitter: Any, x: Any, y: Any, groups: Any) -> Iterable[Any]:

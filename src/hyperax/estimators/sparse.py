@@ -38,8 +38,9 @@ class SparseMatrix(eqx.Module):
     [3.0, 6.0]
     """
 
-    rows: BCSR
-    transposed: BCSR
+    # Plain arrays (values, columns, starts of the rows): `vmap` maps JAX's own sparse types along their rows.
+    rows: tuple[Array, Array, Array]
+    transposed: tuple[Array, Array, Array]
 
     @classmethod
     def from_scipy(cls, matrix: Any, dtype: Any) -> Self:
@@ -52,12 +53,12 @@ class SparseMatrix(eqx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(n, d)."""
-        return self.rows.shape[0], self.rows.shape[1]
+        return len(self.rows[2]) - 1, len(self.transposed[2]) - 1
 
     @property
     def dtype(self) -> Any:
         """Of the values."""
-        return self.rows.dtype
+        return self.rows[0].dtype
 
     def __matmul__(self, W: Float[Array, "d c"]) -> Float[Array, "n c"]:
         """X W; also for a vector."""
@@ -68,9 +69,9 @@ class SparseMatrix(eqx.Module):
         return product if W.ndim == 2 else product[:, 0]
 
 
-def _by_rows(matrix: Any) -> BCSR:
-    index = lambda x: jnp.asarray(np.asarray(x, np.int32))
-    return BCSR((jnp.asarray(matrix.data), index(matrix.indices), index(matrix.indptr)), shape=matrix.shape)
+def _by_rows(matrix: Any) -> tuple[Array, Array, Array]:
+    index = lambda x: np.asarray(x, np.int32)
+    return jax.device_put((matrix.data, index(matrix.indices), index(matrix.indptr)))
 
 
 # A primitive of its own, because a linear function with a transpose of its own (`linear_call`) cannot be mapped.
@@ -78,8 +79,7 @@ _sparse_product = Primitive("sparse_product")
 
 
 def _product(X: SparseMatrix, W: Array) -> Array:
-    parts = [x for matrix in (X.rows, X.transposed) for x in (matrix.data, matrix.indices, matrix.indptr)]
-    return _sparse_product.bind(*parts, W)
+    return _sparse_product.bind(*X.rows, *X.transposed, W)
 
 
 def _whole(

@@ -149,7 +149,12 @@ class Newsgroups(Study):
         order = np.argsort(alpha)
         ends = np.concatenate([order[: self.shown_words], order[-self.shown_words :]])
         frequency = np.diff(data.train.x.tocsc().indptr)
-        return {"alpha": alpha.astype(np.float32), "documents": frequency, "words": data.words[ends], "shown": ends}
+        return {
+            "alpha": alpha.astype(np.float32),
+            "documents": frequency,
+            "words": data.words[ends].astype(str),
+            "shown": ends,
+        }
 
     def _grid(self, data: Corpus) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         from sklearn.linear_model import LogisticRegressionCV

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from hyperax.experiments.data_cleaning import DataCleaning
 from hyperax.experiments.multitask import MultitaskSchools
 from hyperax.experiments.newsgroups import Newsgroups
 from hyperax.experiments.ridge_table5 import RidgeTable5
+from hyperax.experiments.schedules_mnist import SchedulesMnist
 from hyperax.experiments.study import Study
 
-STUDIES: tuple[type[Study], ...] = (RidgeTable5, Newsgroups, MultitaskSchools)
+STUDIES: tuple[type[Study], ...] = (
+    RidgeTable5,
+    DataCleaning,
+    Newsgroups,
+    SchedulesMnist,
+    MultitaskSchools,
+)
 """Their classes; each, without arguments, is a recipe."""
