@@ -80,12 +80,12 @@ class Newsgroups(Study):
     """Stretches of time: grid search has as many folds, the hypergradient validates on the newest."""
     grid_size: int = 10
     """Values of C that LogisticRegressionCV tries: its `Cs`."""
-    start: float = 0.02
+    start: float = 0.005
     """The coefficient of every word, where the search for one a word begins."""
     learning_rate: float = 0.1
     """Of Adam, on log coefficients of words. So many fit the validation documents when they go far: few steps, of one
     length for all words, are the guard."""
-    hyperiterations: int = 8
+    hyperiterations: int = 4
     """Steps on the coefficients of words."""
     one_start: float = 1.0
     """Where the search for one coefficient begins."""
@@ -350,7 +350,7 @@ SOFTMAX = Problem(
     outer=lambda v, lam, d: _cross_entropy(v, d.x_validation, d.y_validation, d),
     init=lambda lam, d: jnp.zeros((d.scale.shape[0], d.y.shape[1]), jnp.float32),
 )
-NEWTON = {"tolerance": 5e-4, "forcing": 0.2, "max_steps": 25}
+NEWTON = {"tolerance": 5e-4, "forcing": 0.5, "max_steps": 25}
 IMPLICIT = Implicit(30, ConjugateGradient(max_steps=25), warm_start=True, tolerance=ExponentialTolerance(5e-3, 0.8))
 """The first hypergradients may be rough: each begins where the last ended, and asks for more digits (HOAG)."""
 
