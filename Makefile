@@ -22,16 +22,18 @@ lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# On a machine that does nothing else: about 15 minutes on two cores, and bench-peers about 10.
+# On a machine that does nothing else: about 20 minutes on two cores, and bench-peers as long.
 bench: $(VENV)/run
 	$(BIN)/python -m benchmarks.hyperiteration
 	$(BIN)/python -m benchmarks.costs
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.estimators
 	$(BIN)/python -m benchmarks.figures
 
 # Other libraries have an environment of their own; hyperax runs there from src/.
 bench-peers: $(VENV)/run $(PEERS)/installed
 	$(BIN)/python -m benchmarks.peers.run
+	$(BIN)/python -m benchmarks.data_cleaning
 	$(BIN)/python -m benchmarks.figures
 
 clean:

@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for benchmarks.tables
 
+from benchmarks.hyperparameter_tables import data_cleaning_peers, estimators  # noqa: E402
 from benchmarks.tables import costs, methods, peers, peers_steps  # noqa: E402
 
 PAGES = ("README.md", "docs/methods.md", "docs/theory.md", "docs/hyperparameters.md")
@@ -130,7 +131,7 @@ def _spread(score: dict[str, float]) -> str:
 
 
 BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
-BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps)}
+BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps, estimators, data_cleaning_peers)}
 BLOCKS |= {path.parent.name.replace("-", "_"): partial(study, run) for path, run in _summaries() if "headline" in run}
 
 

@@ -71,12 +71,27 @@ def test_leave_one_out_is_press_with_its_derivative():
     np.testing.assert_allclose(h.grad, grad, rtol=1e-9)
 
 
+class AfterZero:
+    """A user's splitter, which looks into the table."""
+
+    def split(self, x, y=None, groups=None):
+        yield np.flatnonzero(x[:, 0] <= 0), np.flatnonzero(x[:, 0] > 0)
+
+    def get_n_splits(self, x=None, y=None, groups=None):
+        return 1
+
+
 def test_folds_of_any_kind():
     labels, groups = np.arange(N) % 2, np.repeat(np.arange(4), 3)
     stratified = hx.folds(3, X, labels)
     assert (np.asarray(stratified.validation) @ labels == 2).all()
+    numbers = np.arange(N)  # a target, not labels: one of each
+    np.testing.assert_array_equal(hx.folds(3, X, numbers).validation, hx.folds(3, X, numbers + 0.5).validation)
     grouped = np.asarray(hx.folds(selection.GroupKFold(2), X, Y, groups).validation)
     assert all(len(set(row[groups == g])) == 1 for row in grouped for g in range(4))
+    repeated = hx.folds([([0, 0, 1], [2, 3])], range(4))
+    np.testing.assert_array_equal(repeated.train, [[2, 1, 0, 0]])
+    np.testing.assert_array_equal(hx.folds(AfterZero(), X).train, [X[:, 0] <= 0])
     by_mask = hx.folds([(labels == 0, labels == 1)], X)
     np.testing.assert_array_equal(by_mask.validation, [labels])
     for fold in (stratified, hx.folds(selection.KFold(5, shuffle=True, random_state=0), X)):
@@ -105,6 +120,8 @@ def test_refused_folds(splitter, words):
 def test_refused_draws_and_certified_shared_data():
     with pytest.raises(ValueError, match="5 tasks cannot be drawn from 4"):
         hx.sample_tasks(5)(jax.random.key(0), data(4))
+    with pytest.raises(ValueError, match="`Shared` in it, which is for tasks"):
+        OF_FOLD(LOG_ALPHA, {"x": hx.Shared(X)})
     with pytest.raises(ValueError, match="at least one array"):
         hx.mean_over_tasks(OF_FOLD)(LOG_ALPHA, {"x": hx.Shared(X)})
     certificate = hx.certify(hx.mean_over_tasks(OF_FOLD), LOG_ALPHA, data(4))

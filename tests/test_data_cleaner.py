@@ -149,6 +149,12 @@ def test_masks_that_cannot_be(trusted, words):
         DataCleaner().fit(np.eye(4), [0, 1, 0, 1], trusted=trusted)
 
 
+def test_a_class_without_trusted_samples():
+    x = np.repeat(np.eye(3), 4, axis=0)
+    with pytest.warns(UserWarning, match=r"no sample of these classes is trusted: \['c'\]"):
+        DataCleaner().fit(x, np.repeat(list("abc"), 4), trusted=np.isin(np.arange(12), [0, 4]))
+
+
 def test_classes_with_one_sample_each_cannot_be_split():
     with pytest.raises(ValueError, match="no class has two samples"):
         DataCleaner().fit(np.eye(3), [0, 1, 2])

@@ -91,6 +91,7 @@ def test_bad_data(kind, y, bad, words):
         ({"shrinkage": -1.0}, "shrinkage is -1.0"),
         ({"max_iter": 0}, "max_iter is 0"),
         ({"parallel": 1.5}, "parallel is 1.5"),
+        ({"fit_intercept": "no"}, "fit_intercept is 'no'"),
     ],
 )
 @both
@@ -104,6 +105,11 @@ def test_one_class():
         HypergradientLogisticRegression().fit(X, np.ones(50))
     with pytest.raises(ValueError, match="Unknown label type"):
         HypergradientLogisticRegression().fit(X, Y)
+
+
+def test_negative_class_weights():
+    with pytest.raises(ValueError, match="weights of classes must be finite and >= 0"):
+        HypergradientLogisticRegression(class_weight={0: -1.0, 1: 1.0}).fit(X, X[:, 0] > 0)
 
 
 def test_weight_zero_on_a_side():

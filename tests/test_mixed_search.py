@@ -113,6 +113,8 @@ def test_tune_inside_a_trial():
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="trials must be a whole number"):
         mixed_search(build, trials=0)
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        mixed_search(build, trials=1, seed=-1)
     with pytest.raises(ValueError, match="must minimise one objective"):
         mixed_search(build, trials=1, study=optuna.create_study(direction="maximize"))
     with pytest.raises(ValueError, match=r"use optuna\.create_study"):

@@ -148,6 +148,7 @@ def test_tasks_may_be_words_and_a_pipeline_scales_the_rest():
         (MultitaskRidge(task_column=6), "task_column is 6 and X has 6 columns"),
         (MultitaskRidge(task_column="school"), "X has no column 'school'"),
         (MultitaskRidge(cv=61), "n_samples=60"),
+        (MultitaskRidge(per_feature="no"), "per_feature is 'no'; it must be True or False"),
         (MultitaskRidge(cv=1), "cv is 1"),
         (MultitaskRidge(max_iter=0), "max_iter is 0"),
         (MultitaskRidge(tol=-1.0), "tol is -1.0"),
@@ -156,6 +157,25 @@ def test_tasks_may_be_words_and_a_pipeline_scales_the_rest():
 def test_bad_arguments_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         model.fit(*clusters())
+
+
+@pytest.mark.parametrize("missing", [None, np.nan])
+def test_a_task_needs_a_name(missing):
+    words = np.array([[0.0, "a"], [1.0, "b"]] * 5, object)
+    words[3, 1] = missing
+    with pytest.raises(ValueError, match="Input task_column contains NaN"):
+        MultitaskRidge(task_column=1).fit(words, np.arange(10.0))
+
+
+def test_names_of_tasks_keep_their_type(learned):
+    x = clusters()[0]
+    with pytest.raises(ValueError, match="convert the task column"):
+        learned["mean"].predict(x.astype(object))
+
+
+def test_targets_that_are_words():
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        MultitaskRidge().fit(np.eye(6), np.array(list("abcdef")))
 
 
 def test_scikit_learns_checks():

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_study_from_data_to_report(folder, tmp_path):
-    config = Newsgroups(folds=2, grid_size=3, start=1.0, shown_words=2)
+    config = Newsgroups(folds=2, grid_size=3, start=1.0)
     summary = study.run(config, tmp_path / "run", data_dir=str(folder))
     rows = {row[0]: row for row in summary["table"]["rows"]}
     assert set(rows) == {ONE, EACH, GRID}

@@ -33,6 +33,13 @@ def test_implicit_hypergradient():
     np.testing.assert_allclose(h.grad, differences, rtol=1e-5)
 
 
+def test_steps_stay_where_the_objective_is_defined():
+    entropy = lambda w: jnp.sum(w * jnp.log(w) - 0.1 * w)  # the full step from 3 is to -2.7, where the slope is NaN
+    problem = hx.Problem(lambda w, lam, d: entropy(w), lambda w, lam, d: 0.0, lambda lam, d: jnp.full(2, 3.0))
+    state, _ = hx.rollout(problem, Newton(), 20, jnp.zeros(()), None)
+    np.testing.assert_allclose(state.w, np.exp(-0.9), rtol=1e-6)
+
+
 def test_nothing_moves_within_the_tolerance():
     state, _ = hx.rollout(PROBLEM, Newton(tolerance=10.0), 2, jnp.zeros(3), DATA)
     np.testing.assert_array_equal(state.w, 8.0)

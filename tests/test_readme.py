@@ -41,14 +41,21 @@ def test_a_changed_number_is_noticed():
     assert TABLES["updated"](changed) == text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/design.md", "docs/few-shot.md", "docs/methods.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/design.md", "docs/few-shot.md", "docs/methods.md", "docs/hyperparameters.md"]
+)
 def test_public_names_exist(name):
     names = set(re.findall(r"\bhx\.(\w+)", (ROOT / name).read_text()))
     assert not {x for x in names if not hasattr(hx, x)}
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("design", "few-shot", "methods", "theory"))]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{x}.md" for x in ("design", "few-shot", "hyperparameters", "methods", "theory")),
+    ],
 )
 def test_links_lead_somewhere(name):
     file = ROOT / name

@@ -148,6 +148,7 @@ def test_real_time_and_numbers_kept_by_the_optimizer():
     [
         ({"batch_size": 11}, "batch_size is 11 and data has 10 examples"),
         ({"key": None}, "pass key="),
+        ({"key": 0}, "key is 0; pass key="),
         ({"validation_data": None}, "validation_data is None; give arrays"),
         ({"data": DATA | {"x": np.full((10, 2), np.nan)}}, r"data\['x'\] contains NaN or infinity"),
         ({"data": DATA | {"x": X}}, "one leading axis of examples"),

@@ -32,11 +32,11 @@ from hyperax.methods import (
 )
 from hyperax.minimize import Solution, minimize
 from hyperax.mixed_search import MixedSolution, TrialFailedWarning, mixed_search
-from hyperax.problem import Hypergradient, Problem
+from hyperax.problem import Hypergradient, Problem, Shared
 from hyperax.rollout import rollout
 from hyperax.simplex import CappedSimplex, Simplex
 from hyperax.stopping import DivergenceWarning, GradientTolerance, Plateau, Progress, Validation
-from hyperax.tasks import TASKS, Shared, mean_over_tasks, sample_tasks
+from hyperax.tasks import TASKS, mean_over_tasks, sample_tasks
 from hyperax.tuning import (
     Hyperparameter,
     Trained,

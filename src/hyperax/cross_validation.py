@@ -51,8 +51,9 @@ def folds(splitter: Any, x: Any, y: Any = None, groups: Any = None) -> Fold:
         f(lam) = (1 / K) sum over k of E(w^k(lam); validation_k),   w^k(lam) = argmin L(., lam; train_k)
 
     Arguments:
-        splitter: K (stratified if y are class labels), a splitter of scikit-learn (`KFold`, `StratifiedKFold`,
-            `GroupKFold`, `LeaveOneOut`, ...), or pairs (training indices, validation indices).
+        splitter: K (stratified if y are labels, not floats, and at least K of each), a splitter of scikit-learn
+            (`KFold`, `StratifiedKFold`, `GroupKFold`, `LeaveOneOut`, ...), or pairs (training indices, validation
+            indices); an index given twice has weight 2.
         x: the table, or anything of length n.
         y: labels [n], for stratified splitters.
         groups: [n], for grouped splitters.
@@ -79,7 +80,7 @@ def folds(splitter: Any, x: Any, y: Any = None, groups: Any = None) -> Fold:
     for number, pair in enumerate(_pairs(splitter, x, y, groups)):
         row = np.zeros((2, count), jnp.result_type(float))
         for side, index in zip(row, _two(pair, number), strict=True):
-            side[_checked(index, count, number)] = 1
+            np.add.at(side, _checked(index, count, number), 1)
         if np.any(row[0] * row[1]):
             raise ValueError(f"fold {number} validates on examples that it is trained on: let its indices be disjoint")
         rows.append(row)
@@ -100,15 +101,24 @@ def _pairs(splitter: Any, x: Any, y: Any, groups: Any) -> Iterable[Any]:
     if hasattr(splitter, "split") or isinstance(splitter, int | np.integer):
         try:
             from sklearn.model_selection import check_cv
-            from sklearn.utils.multiclass import type_of_target
         except ModuleNotFoundError as error:
             raise ValueError(
                 "folds of a number or of a splitter need scikit-learn (pip install hyperax[estimators]); without it, "
                 "give pairs (training indices, validation indices)"
             ) from error
-        labels = y is not None and type_of_target(y) in ("binary", "multiclass")
-        return check_cv(splitter, y, classifier=labels).split(np.zeros(_length(x)), y, groups)
+        labels = y is not None and _are_labels(np.asarray(y), splitter)
+        # A splitter of the user's may look into the table; one that cannot be indexed is known by its length alone.
+        table = x if hasattr(x, "__getitem__") else np.zeros(_length(x))
+        found: Any = check_cv(splitter, y, classifier=labels)  # pyright: ignore[reportArgumentType]
+        return found.split(table, y, groups)
     return splitter
+
+
+def _are_labels(y: np.ndarray, splitter: Any) -> bool:
+    """Whether y are labels to stratify by: no floats, and, for a number of folds, one of each label for each fold."""
+    if y.ndim != 1 or y.dtype.kind == "f":
+        return False
+    return hasattr(splitter, "split") or int(np.unique(y, return_counts=True)[1].min()) >= splitter
 
 
 def _length(x: Any) -> int:

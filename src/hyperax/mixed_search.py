@@ -98,6 +98,8 @@ def mixed_search(
     """
     optuna = _optuna()
     check_steps(trials, "trials", 1)
+    if seed is not None:
+        check_steps(seed, "seed")
     if not callable(build):
         raise ValueError(f"build is {build!r}; use a function trial -> functools.partial(hx.minimize, ...)")
     with _quiet(optuna):

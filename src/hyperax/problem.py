@@ -99,6 +99,37 @@ class Problem(eqx.Module):
         return self.outer(w, lam, prepared), {}  # pyright: ignore[reportReturnType]
 
 
+class Shared(eqx.Module):
+    """Data that all tasks see whole, under `mean_over_tasks`: a table whose folds are the tasks, a set of images.
+
+        data = {"x": Shared(x), "fold": folds}   is for task j   {"x": x, "fold": folds[j]}
+
+    Arguments:
+        value: any pytree. Its arrays need no task axis and are not copied for each task.
+
+    Cost: one copy, whatever N is.
+    Do not use it for what differs between tasks, nor for what is computed from lam (that is `Problem.prepare`).
+
+    >>> import jax.numpy as jnp
+    >>> from hyperax import GradientDescent, Problem, Reverse, hypergradient, mean_over_tasks
+    >>> problem = Problem(
+    ...     inner=lambda w, lam, d: (w - d["x"]) ** 2,
+    ...     outer=lambda w, lam, d: (w * d["scale"]) ** 2,
+    ...     init=lambda lam, d: lam,
+    ... )
+    >>> mean = mean_over_tasks(hypergradient(problem, GradientDescent(0.25), Reverse(1)))
+    >>> print(mean(jnp.asarray(2.0), {"x": jnp.asarray([0.0, 2.0]), "scale": Shared(jnp.asarray(10.0))}).value)
+    250.0
+    """
+
+    value: Any
+
+
+def is_shared(node: Any) -> bool:
+    """Whether this is `Shared`, for `jax.tree.map(..., is_leaf=is_shared)`."""
+    return isinstance(node, Shared)
+
+
 class Hypergradient(NamedTuple):
     """The answer of a method at one lam.
 

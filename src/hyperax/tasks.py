@@ -14,53 +14,23 @@ from jaxtyping import Array, Key
 from hyperax.checks import leaf_name
 from hyperax.methods.hypergradient import HypergradientFunction, call
 from hyperax.methods.method import Outcome
-from hyperax.problem import Data, Hypergradient, Lam, Scalar
+from hyperax.problem import Data, Hypergradient, Lam, Scalar, is_shared
 from hyperax.rollout import check_steps
 
 TASKS = "tasks"
 """The name of the mapped axis: `jax.lax.pmean(x, TASKS)` inside `prepare` or E is a mean over the tasks in parallel."""
 
 
-class Shared(eqx.Module):
-    """Data that all tasks see whole, under `mean_over_tasks`: a table whose folds are the tasks, a set of images.
-
-        data = {"x": Shared(x), "fold": folds}   is for task j   {"x": x, "fold": folds[j]}
-
-    Arguments:
-        value: any pytree. Its arrays need no task axis and are not copied for each task.
-
-    Cost: one copy, whatever N is.
-    Do not use it for what differs between tasks, nor for what is computed from lam (that is `Problem.prepare`).
-
-    >>> import jax.numpy as jnp
-    >>> from hyperax import GradientDescent, Problem, Reverse, hypergradient
-    >>> problem = Problem(
-    ...     inner=lambda w, lam, d: (w - d["x"]) ** 2,
-    ...     outer=lambda w, lam, d: (w * d["scale"]) ** 2,
-    ...     init=lambda lam, d: lam,
-    ... )
-    >>> mean = mean_over_tasks(hypergradient(problem, GradientDescent(0.25), Reverse(1)))
-    >>> print(mean(jnp.asarray(2.0), {"x": jnp.asarray([0.0, 2.0]), "scale": Shared(jnp.asarray(10.0))}).value)
-    250.0
-    """
-
-    value: Any
-
-
-def _is_shared(node: Any) -> bool:
-    return isinstance(node, Shared)
-
-
 def split_tasks(data: Data) -> tuple[Data, Data]:
     """The arrays with a task axis, and what all tasks share, as two trees like `data`."""
-    mapped = jax.tree.map(lambda node: not _is_shared(node) and eqx.is_array(node), data, is_leaf=_is_shared)
+    mapped = jax.tree.map(lambda node: not is_shared(node) and eqx.is_array(node), data, is_leaf=is_shared)
     return eqx.partition(data, mapped)
 
 
 def one_task(arrays: Data, rest: Data) -> Data:
     """The data of a task as its problem sees them, from its arrays and what all tasks share."""
     whole = eqx.combine(arrays, rest)
-    return jax.tree.map(lambda node: node.value if _is_shared(node) else node, whole, is_leaf=_is_shared)
+    return jax.tree.map(lambda node: node.value if is_shared(node) else node, whole, is_leaf=is_shared)
 
 
 def sample_tasks(count: int) -> Callable[[Key[Array, ""], Data], Data]:
@@ -79,6 +49,7 @@ def sample_tasks(count: int) -> Callable[[Key[Array, ""], Data], Data]:
     work.
 
     >>> import jax, jax.numpy as jnp
+    >>> from hyperax import Shared
     >>> drawn = sample_tasks(2)(jax.random.key(0), {"task": jnp.arange(5), "all": Shared(jnp.arange(3))})
     >>> len(set(drawn["task"].tolist())), drawn["all"].value.tolist()
     (2, [0, 1, 2])

@@ -79,12 +79,14 @@ def _length(slope, first: Scalar) -> Scalar:
 
     def climbs(loop: tuple) -> jax.Array:
         _, last, k = loop
-        return (last > -FLAT * first) & (k < SHORTENINGS)
+        # Not `last > ...`: a slope that is NaN, outside of where L is defined, is too large as well.
+        return ~(last <= -FLAT * first) & (k < SHORTENINGS)
 
     def shorten(loop: tuple) -> tuple:
         # The first turn, where last = inf, only looks at eta = 1: so `slope` is compiled once.
         eta, last, k = loop
-        eta = jnp.where(k == 0, eta, eta * jnp.maximum(first / (first - last), 0.1))
+        secant = jnp.where(jnp.isfinite(last), first / (first - last), 0.0)
+        eta = jnp.where(k == 0, eta, eta * jnp.maximum(secant, 0.1))
         return eta, slope(eta), k + 1
 
     one = jnp.ones_like(first)

@@ -12,7 +12,7 @@ from hyperax.cross_validation import Fold
 from hyperax.estimators.newton_problem import FoldData, newton_hypergradient
 from hyperax.estimators.tables import bucket, float64, fold_bucket, padded
 from hyperax.methods.implicit import Memory
-from hyperax.tasks import Shared
+from hyperax.problem import Shared
 
 ROWS, COLUMNS, CLASSES = 320, 16, 4
 """The smallest tables, which most small fits share."""

@@ -11,7 +11,7 @@ from sklearn.utils.extmath import safe_sparse_dot
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from hyperax.estimators.search import Evaluate, search
-from hyperax.estimators.tables import check_bounds, check_count, check_number
+from hyperax.estimators.tables import check_bounds, check_count, check_flag, check_number
 
 DENSE = 2**22
 """Entries: a sparse table below this is made dense (32 MB), a larger one never."""
@@ -52,6 +52,7 @@ class LinearModel(BaseEstimator):
         return tags
 
     def _check_options(self) -> None:
+        check_flag("fit_intercept", self.fit_intercept)
         check_bounds("alpha_bounds", self.alpha_bounds)
         check_number("shrinkage", self.shrinkage, strict=False)
         check_number("tol", self.tol)

@@ -114,6 +114,8 @@ class HypergradientLogisticRegression(ClassifierMixin, LinearModel):
         self.classes_, label = np.unique(y, return_inverse=True)
         s = example_weights(sample_weight, X)
         weight = compute_class_weight(self.class_weight, classes=self.classes_, y=y, sample_weight=s)
+        if not (np.isfinite(weight).all() and (weight >= 0).all()):
+            raise ValueError(f"class_weight is {self.class_weight!r}; weights of classes must be finite and >= 0")
         s = s * weight[label]
         _check_several(self.classes_, label, s)
         train, validation = fold_weights(self.cv, X, y, s, groups, classifier=True)

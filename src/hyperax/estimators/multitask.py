@@ -21,12 +21,13 @@ from hyperax.estimators.multitask_problem import (
     solution,
     sums,
 )
-from hyperax.estimators.tables import bucket, check_count, check_number, float64, fold_weights, padded
-from hyperax.tasks import Shared
+from hyperax.estimators.tables import bucket, check_count, check_flag, check_number, float64, fold_weights, padded
+from hyperax.problem import Shared
 
 _RANGE = 14.0  # of log alpha and log beta around n / N and n: from no relation, or no penalty, to nothing else
 _GRID = {"alpha": (-6.0, -2.0, 2.0, 6.0, 10.0), "beta": (-12.0, -8.0, -5.0, -2.0, 1.0)}  # where the search may begin
 _FARTHEST = 4.0  # of a similarity from the common one, as a logarithm
+_MISSING = ("None", "nan", "<NA>", "NaT")  # what is no string and reads so is no name of a task
 _PATIENCE = 5  # hyperiterations without a lower held-out error
 
 
@@ -125,9 +126,12 @@ class MultitaskRidge(RegressorMixin, BaseEstimator):
         """
         _check_choice("relation", self.relation, ("mean", "similarities"))
         _check_choice("unknown_tasks", self.unknown_tasks, ("mean", "error"))
+        check_flag("per_feature", self.per_feature)
+        check_flag("fit_intercept", self.fit_intercept)
         check_count("max_iter", self.max_iter)
         check_number("tol", self.tol)
         x, y, names = self._read(X, y, fitting=True)
+        y = np.asarray(y, np.float64)  # `y_numeric` converts objects alone, no strings
         self.tasks_, task = np.unique(names, return_inverse=True)
         center, scale, level = np.zeros(x.shape[1]), x.std(0), 0.0
         if self.fit_intercept:
@@ -156,6 +160,12 @@ class MultitaskRidge(RegressorMixin, BaseEstimator):
         """
         check_is_fitted(self)
         x, _, names = self._read(X, None, fitting=False)
+        if (names.dtype.kind == "U") != (self.tasks_.dtype.kind == "U"):
+            # Compared as strings the task 1.0 would not be the task "1", and silently get the mean.
+            raise ValueError(
+                f"the tasks of X are of type {names.dtype}, and those that were in fit of type {self.tasks_.dtype}: "
+                "convert the task column"
+            )
         at = np.minimum(np.searchsorted(self.tasks_, names), len(self.tasks_) - 1)
         known = self.tasks_[at] == names
         if self.unknown_tasks == "error" and not known.all():
@@ -190,6 +200,8 @@ class MultitaskRidge(RegressorMixin, BaseEstimator):
         x = _safe_indexing(X, rest, axis=1)
         names = np.asarray(_safe_indexing(X, at % len(columns), axis=1))
         if names.dtype.kind == "O":
+            if any(not isinstance(name, str) and str(name) in _MISSING for name in names):
+                raise ValueError("Input task_column contains NaN.")
             names = names.astype(str)
         check_array(names.reshape(-1, 1), dtype=anything, input_name="task_column")
         if not fitting:
@@ -213,7 +225,9 @@ class _Search:
         count, width = bucket(self.tasks, 4), bucket(p, 8)
         random = check_random_state(model.random_state)
         folds = _dealt(model.cv, task, random)
-        self.train, self.validation = fold_weights(folds, z, y, np.ones(n), groups=model.tasks_[task])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The groups parameter is ignored")  # the user gave none
+            self.train, self.validation = fold_weights(folds, z, y, np.ones(n), groups=model.tasks_[task])
         self.half = deal(task, 2, random)
         sides = np.zeros(p, int)
         sides[-1] = 1
@@ -284,7 +298,10 @@ class _Search:
             )
         if self.model.relation == "mean" or self.tasks < 3:  # two tasks have one similarity, and alpha stands for it
             return self.lam(found.theta, even)
-        halves = [self.table((self.half == side).astype(float)) for side in (0, 1)]
+        sides = [(self.half == side).astype(float) for side in (0, 1)]
+        if not all((self.validation * mine).any() for mine in sides):
+            raise ValueError("the folds validate on too few samples for two halves of them: use relation='mean'")
+        halves = [self.table(mine) for mine in sides]
         learned = [self._similarities(found.theta, *pair) for pair in (halves, halves[::-1])]
         return self.lam(found.theta, (learned[0] + learned[1]) / 2)
 

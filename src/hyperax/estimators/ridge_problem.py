@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from hyperax.cross_validation import Fold
 from hyperax.methods import ClosedForm, hypergradient
-from hyperax.problem import Problem
-from hyperax.tasks import MeanOverTasks, Shared, mean_over_tasks
+from hyperax.problem import Problem, Shared
+from hyperax.tasks import MeanOverTasks, mean_over_tasks
 
 GRAM_BYTES = 2**29
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.experimental.sparse import BCSR
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -90,7 +91,7 @@ def _whole(
 
 
 def _shape(data: Any, indices: Any, starts: Any, *rest: Any) -> Any:
-    return jax.core.ShapedArray((starts.shape[0] - 1, rest[-1].shape[1]), rest[-1].dtype)
+    return ShapedArray((starts.shape[0] - 1, rest[-1].shape[1]), rest[-1].dtype)
 
 
 def _transpose(cotangent: Any, *parts: Any) -> list[Any]:

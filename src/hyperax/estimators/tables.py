@@ -134,6 +134,12 @@ def check_number(name: str, number: Any, above: float = 0.0, *, strict: bool = T
         raise ValueError(f"{name} is {number!r}; it must be a number {'>' if strict else '>='} {above:g}")
 
 
+def check_flag(name: str, flag: Any) -> None:
+    """Raise a `ValueError` unless this is True or False: every string is true."""
+    if not isinstance(flag, bool | np.bool_):
+        raise ValueError(f"{name} is {flag!r}; it must be True or False")
+
+
 def check_bounds(name: str, bounds: Any) -> tuple[float, float]:
     """(low, high) with 0 < low < high, or a `ValueError`."""
     try:

@@ -43,12 +43,14 @@ def load_mnist(data_dir: str | None = None) -> Mnist:
     Cost: half a second, 55 MB.
     """
     digests: dict[str, str] = {}
-    sets = [Digits(*(_read(name, ndim, data_dir, digests) for name, ndim in zip(_FILES[side], (3, 1), strict=True)))
-            for side in ("train", "test")]  # fmt: skip
+    sets = []
+    for images, labels in _FILES.values():
+        sets.append(Digits(_read(images, 3, data_dir, digests), _read(labels, 1, data_dir, digests)))
     for side, (images, labels) in zip(_FILES, sets, strict=True):
         if len(images) != len(labels):
             raise ValueError(f"MNIST has {len(images)} {side} images and {len(labels)} labels: {_ADVICE}")
-    return Mnist(*sets, {"dataset": "MNIST", "sha256": digests})
+    train, test = sets
+    return Mnist(train, test, {"dataset": "MNIST", "sha256": digests})
 
 
 def _read(name: str, ndim: int, data_dir: str | None, digests: dict[str, str]) -> np.ndarray:

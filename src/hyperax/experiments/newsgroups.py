@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +93,9 @@ class Newsgroups(Study):
     """Of Adam, on the logarithm of the one coefficient."""
     one_hyperiterations: int = 8
     """Steps on the one coefficient."""
-    shown_words: int = 12
-    """Words in the figure, of the largest and of the smallest coefficients."""
 
     def __post_init__(self) -> None:
-        for name, least in (("folds", 2), ("grid_size", 2), ("shown_words", 1)):
+        for name, least in (("folds", 2), ("grid_size", 2)):
             check_steps(getattr(self, name), name, least)
         for name in ("hyperiterations", "one_hyperiterations"):
             check_steps(getattr(self, name), name, 1)
@@ -173,20 +171,10 @@ class Newsgroups(Study):
             "hyperiterations": steps,
             "curve": [round(value, 6) for value in curve],
         }
-        return model, record | ({"alpha": float(alpha)} if one else {}), self._words(alpha, data)
-
-    def _words(self, alpha: np.ndarray, data: Corpus) -> dict[str, np.ndarray]:
-        if alpha.ndim == 0:
-            return {}
-        order = np.argsort(alpha)
-        ends = np.concatenate([order[: self.shown_words], order[-self.shown_words :]])
-        frequency = np.diff(data.train.x.tocsc().indptr)
-        return {
-            "alpha": alpha.astype(np.float32),
-            "documents": frequency,
-            "words": data.words[ends].astype(str),
-            "shown": ends,
-        }
+        if one:
+            return model, record | {"alpha": float(alpha)}, {}
+        documents = np.diff(data.train.x.tocsc().indptr)
+        return model, record, {"alpha": alpha.astype(np.float32), "documents": documents}
 
     def _grid(self, data: Corpus) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         from sklearn.linear_model import LogisticRegressionCV
@@ -195,8 +183,8 @@ class Newsgroups(Study):
             Cs=self.grid_size,
             cv=self._stretches(data),
             scoring="neg_log_loss",
-            use_legacy_attributes=False,
-            l1_ratios=(0.0,),
+            use_legacy_attributes=False,  # pyright: ignore[reportArgumentType]
+            l1_ratios=(0.0,),  # pyright: ignore[reportArgumentType]
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # 100 iterations are not always enough; that is its default
@@ -276,7 +264,7 @@ class Newsgroups(Study):
         label = f"{GRID}, best of {self.grid_size}"
         axes.axhline(grid["validation_loss"], color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
         style(axes, xlabel="hyperiteration", ylabel="validation loss (nats)")
-        legend(axes, "upper right")
+        legend(axes, "best")
         caption = (
             "<strong>Validation loss by hyperiteration</strong>, of the documents of the newest stretch. One "
             "coefficient begins at a strong value, one a word at a weak one."
@@ -285,22 +273,31 @@ class Newsgroups(Study):
         return [curves, self._of_words(measured[EACH].arrays)]
 
     def _of_words(self, arrays: Mapping[str, np.ndarray]) -> Shown:
-        figure = new_figure(4.4)
+        """What the validation documents say of words, by how many training documents have them."""
+        times = np.log2(np.maximum(arrays["documents"], 1)).astype(int)
+        bins = np.unique(times)
+        moved = arrays["alpha"] / self.start
+        share = lambda which: np.array([100 * np.mean(which[times == b]) for b in bins])
+        figure = new_figure(3.4)
         axes = figure.subplots()
-        alpha, documents = arrays["alpha"], arrays["documents"]
-        rng = np.random.default_rng(0)
-        some = rng.permutation(alpha.size)[:20_000]
-        axes.loglog(documents[some], alpha[some], ".", color=GREY, markersize=1.5, alpha=0.4, rasterized=True)
-        for at, (j, word) in enumerate(zip(arrays["shown"], arrays["words"], strict=True)):
-            color = BLUE if at < self.shown_words else RED
-            axes.loglog(documents[j], alpha[j], ".", color=color, markersize=5)
-            axes.annotate(str(word)[:16], (documents[j], alpha[j]), (3, 0), textcoords="offset points", fontsize=7)
-        style(axes, xlabel="documents with the word", ylabel=r"regulariser $\alpha_j$")
+        below = np.zeros(len(bins))
+        for name, which, color in (
+            ("lowered", moved < 1 / 1.1, BLUE),
+            ("within 10 %", (moved >= 1 / 1.1) & (moved <= 1.1), GREY),
+            ("raised", moved > 1.1, RED),
+        ):
+            axes.bar(range(len(bins)), share(which), 0.8, bottom=below, color=color, label=name)
+            below = below + share(which)
+        names = ["1" if b == 0 else f"{2**b}-{2 ** (b + 1) - 1}" for b in bins]
+        axes.set_xticks(range(len(bins)), names, rotation=45, ha="right", fontsize=8)
+        axes.set_ylim(0, 118)
+        style(axes, xlabel="training documents with the word", ylabel="share of words (%)")
+        axes.legend(fontsize=9, ncols=3, frameon=False, loc="upper center")
         caption = (
-            f"<strong>A regulariser a word</strong> (a sample of words), and the {self.shown_words} words that the "
-            "hypergradient trusts most (blue) and least (red)."
+            "<strong>Regularisers of words</strong> after the search, against where it began, by how many documents "
+            "have the word."
         )
-        return Shown("words", figure, "Regularisers of words by their document frequency", caption)
+        return Shown("words", figure, "Shares of words with a lowered and with a raised regulariser", caption)
 
 
 class Split(NamedTuple):
@@ -398,6 +395,7 @@ def read_corpus(data_dir: str | None, split: str) -> tuple[Corpus, str]:
         )
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({error}): {_ADVICE}") from error
+    train, test = cast(Any, train), cast(Any, test)  # typed as pairs of arrays as well
     texts, y, age = np.array(train.data, object), np.asarray(train.target), _ages(train)
     late_texts, late_y, late_age = np.array(test.data, object), np.asarray(test.target), _ages(test)
     if split == "validation":

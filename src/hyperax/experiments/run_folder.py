@@ -130,7 +130,7 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{name}.npz.new"
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **dict[str, Any](arrays))
         os.replace(temporary, folder / f"{name}.npz")
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:

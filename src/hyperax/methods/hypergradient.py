@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import jax
 
 from hyperax.checks import check_problem, variables_of, warn_unused
 from hyperax.dynamics.dynamics import Dynamics
 from hyperax.dynamics.gradient_descent import GradientDescent
 from hyperax.methods.method import Method, Outcome
-from hyperax.problem import Data, Hypergradient, Lam, Problem, Scalar
+from hyperax.problem import Data, Hypergradient, Lam, Problem, Scalar, is_shared
 
 
 class HypergradientFunction(eqx.Module):
@@ -42,6 +43,10 @@ class HypergradientFunction(eqx.Module):
 
     def check(self, lam: Lam, data: Data) -> None:
         """Raise `ValueError` for a problem that cannot be differentiated; warn of leaves of lam that nothing uses."""
+        if any(is_shared(node) for node in jax.tree.leaves(data, is_leaf=is_shared)):
+            raise ValueError(
+                "data has `Shared` in it, which is for tasks: use mean_over_tasks(hypergradient), or give its value"
+            )
         check_problem(self.problem, lam, data)
         self.method.check(self.problem, self.dynamics, lam, data)
         warn_unused(lambda x: self.method.reached(self.problem, self.dynamics, x, data), lam)

@@ -217,6 +217,8 @@ def training(
     random = noisy or batch_size is not None
     if random and key is None:
         raise ValueError("mini-batches and noise are drawn from a key: pass key=jax.random.key(seed)")
+    if key is not None and not hasattr(key, "dtype"):
+        raise ValueError(f"key is {key!r}; pass key=jax.random.key(seed)")
     problem = Problem(
         inner=_Loss(training_loss, noisy),
         outer=_Validation(validation_loss),
