@@ -119,11 +119,10 @@ def study(run: dict[str, Any]) -> str:
     table, recipe = run["table"], run["recipe"]
     lines = [f"| {' | '.join(table['columns'])} |", f"|{'---|' * len(table['columns'])}"]
     lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
-    minutes = run["timing"]["seconds"] / 60
-    where = (
-        f"`hyperax run {recipe} --seed {run['seed']}`: {minutes:.0f} minutes, {run['machine']}, commit {run['commit']}."
-    )
-    return "\n".join([*lines, "", where, *run["notes"]])
+    seconds = run["timing"]["seconds"]
+    time = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    where = f"`hyperax run {recipe} --seed {run['seed']}`: {time}, {run['machine']}, commit {run['commit']}."
+    return "\n".join([*lines, "", where, "", *(f"- {note}" for note in run["notes"])])
 
 
 def _spread(score: dict[str, float]) -> str:
