@@ -57,7 +57,8 @@ class NewtonFolds:
         self.features, self.targets = x.shape[1], y.shape[1]
         # One class (two of them, with the reference) is a case of its own: it would pay four times.
         C = 1 if y.shape[1] == 1 else bucket(y.shape[1], CLASSES)
-        K = fold_bucket(len(train), parallel)
+        small = x.shape[0] * x.shape[1] * C <= SMALL
+        K = fold_bucket(len(train), parallel, small=small)
         self.total = weights.sum()
         squares = np.asarray((x.multiply(x) if scipy.sparse.issparse(x) else x**2).T @ weights).ravel() / self.total
         if scipy.sparse.issparse(x):
@@ -69,7 +70,7 @@ class NewtonFolds:
             n, d = bucket(x.shape[0], ROWS, 512), bucket(x.shape[1], COLUMNS, 64)
             make = lambda: padded(x, n, d)
         self.curvature = np.outer(np.append(padded(squares, d), 1.0), padded(curvature, C, value=1.0))
-        self.hypergradient = newton_hypergradient(loss, parallel, EXACT if n * d * C <= SMALL else NEAR)
+        self.hypergradient = newton_hypergradient(loss, parallel, EXACT if small else NEAR)
         with float64():
             # `device_put`, because `jnp.asarray` compiles a program for each shape.
             shared = (make(), padded(y, n, C), np.asarray(float(intercept)), np.asarray(float(reference)))

@@ -108,8 +108,8 @@ def fold_weights(
     return train, validation / validation.sum()
 
 
-def fold_bucket(count: int, parallel: int | None = None) -> int:
-    """How many folds to pad to (with folds of weight 0): a multiple of `parallel`; small numbers share 5.
+def fold_bucket(count: int, parallel: int | None = None, *, small: bool = True) -> int:
+    """How many folds to pad to (with folds of weight 0): a multiple of `parallel`; of small tables, few share 5.
 
     >>> fold_bucket(1), fold_bucket(3), fold_bucket(10), fold_bucket(10, parallel=4)
     (1, 5, 10, 12)
@@ -117,7 +117,7 @@ def fold_bucket(count: int, parallel: int | None = None) -> int:
     together = min(parallel or count, count)
     if together == 1:
         return count  # one after the other: an empty fold would cost a turn
-    size = 5 if 1 < count <= 5 else bucket(count)
+    size = count if not small else 5 if 1 < count <= 5 else bucket(count)
     return -(-size // together) * together if parallel else size
 
 
