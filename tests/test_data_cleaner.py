@@ -122,12 +122,12 @@ def test_fit_resample_drops_the_suspects(fitted):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"validation": 1.0}, "validation is 1.0"),
-        ({"budget": 1.5}, "at most 1"),
-        ({"budget": -0.5}, "budget is -0.5"),
-        ({"l2": 0.0}, "l2 is 0.0"),
-        ({"threshold": "low"}, "threshold is 'low'"),
-        ({"hyperiterations": 0}, "hyperiterations is 0"),
+        ({"validation": 1.0}, "'validation' parameter of DataCleaner"),
+        ({"budget": 1.5}, "'budget' parameter of"),
+        ({"budget": -0.5}, "'budget' parameter of"),
+        ({"l2": 0.0}, "'l2' parameter of"),
+        ({"threshold": "low"}, "'threshold' parameter of"),
+        ({"hyperiterations": 0}, "'hyperiterations' parameter of"),
     ],
 )
 def test_settings_that_cannot_be(settings, words):

@@ -87,11 +87,11 @@ def test_bad_data(kind, y, bad, words):
         ({"penalty": np.zeros(5)}, "whole number"),
         ({"cv": 1}, "at least 2"),
         ({"cv": [(np.arange(50), [])]}, "no examples on one side"),
-        ({"tol": 0.0}, "tol is 0.0"),
-        ({"shrinkage": -1.0}, "shrinkage is -1.0"),
-        ({"max_iter": 0}, "max_iter is 0"),
-        ({"parallel": 1.5}, "parallel is 1.5"),
-        ({"fit_intercept": "no"}, "fit_intercept is 'no'"),
+        ({"tol": 0.0}, "'tol' parameter of Hypergradient"),
+        ({"shrinkage": -1.0}, "'shrinkage' parameter of"),
+        ({"max_iter": 0}, "'max_iter' parameter of"),
+        ({"parallel": 1.5}, "'parallel' parameter of"),
+        ({"fit_intercept": "no"}, "'fit_intercept' parameter of"),
     ],
 )
 @both

@@ -143,15 +143,15 @@ def test_tasks_may_be_words_and_a_pipeline_scales_the_rest():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MultitaskRidge("near"), "relation is 'near'; use 'mean' or 'similarities'"),
-        (MultitaskRidge(unknown_tasks="drop"), "unknown_tasks is 'drop'"),
+        (MultitaskRidge("near"), "'relation' parameter of MultitaskRidge"),
+        (MultitaskRidge(unknown_tasks="drop"), "'unknown_tasks' parameter of"),
         (MultitaskRidge(task_column=6), "task_column is 6 and X has 6 columns"),
         (MultitaskRidge(task_column="school"), "X has no column 'school'"),
         (MultitaskRidge(cv=61), "n_samples=60"),
-        (MultitaskRidge(per_feature="no"), "per_feature is 'no'; it must be True or False"),
+        (MultitaskRidge(per_feature="no"), "'per_feature' parameter of"),
         (MultitaskRidge(cv=1), "cv is 1"),
-        (MultitaskRidge(max_iter=0), "max_iter is 0"),
-        (MultitaskRidge(tol=-1.0), "tol is -1.0"),
+        (MultitaskRidge(max_iter=0), "'max_iter' parameter of"),
+        (MultitaskRidge(tol=-1.0), "'tol' parameter of"),
     ],
 )
 def test_bad_arguments_are_refused(model, message):

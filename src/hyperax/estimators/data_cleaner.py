@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils import _safe_indexing, check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d, validate_data
 
 from hyperax.estimators.cleaning import clean, suspects
-from hyperax.estimators.tables import check_count, check_number
+from hyperax.estimators.tables import COUNT, POSITIVE
 
 
 def _estimator_has(name: str) -> Callable[[Any], bool]:
@@ -83,6 +85,16 @@ class DataCleaner(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     ([10, 110], True)
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "estimator": [HasMethods(["fit", "predict"]), None],
+        "validation": [Interval(numbers.Real, 0, 1, closed="neither")],
+        "budget": [Interval(numbers.Real, 0, 1, closed="right")],
+        "l2": [POSITIVE],
+        "threshold": [POSITIVE],
+        "hyperiterations": [COUNT],
+        "random_state": ["random_state"],
+    }
+
     def __init__(
         self,
         estimator: Any = None,
@@ -110,7 +122,7 @@ class DataCleaner(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             y: [n], labels, some of them wrong.
             trusted: mask [n], True where the label is known to be right; `None` draws them (see `validation`).
         """
-        self._check_parameters()
+        self._validate_params()
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         check_classification_targets(y)
         labels, codes = np.unique(y, return_inverse=True)
@@ -164,16 +176,6 @@ class DataCleaner(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
 
     def _unfitted(self) -> Any:
         return LogisticRegression(max_iter=1000) if self.estimator is None else clone(self.estimator)
-
-    def _check_parameters(self) -> None:
-        check_number("l2", self.l2)
-        check_number("threshold", self.threshold)
-        check_count("hyperiterations", self.hyperiterations)
-        for name, below in (("validation", "below 1"), ("budget", "at most 1")):
-            share = getattr(self, name)
-            check_number(name, share)
-            if share > 1 or (share == 1 and name == "validation"):
-                raise ValueError(f"{name} is {share!r}; it is a share of the samples: above 0 and {below}")
 
     def _drawn(self, codes: np.ndarray) -> np.ndarray:
         """A random part of each class: at least one example, unless it has one only."""

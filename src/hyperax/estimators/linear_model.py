@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse
 from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.extmath import safe_sparse_dot
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from hyperax.estimators.search import Evaluate, search
-from hyperax.estimators.tables import check_bounds, check_count, check_flag, check_number
+from hyperax.estimators.tables import COUNT, NOT_NEGATIVE, POSITIVE, check_bounds
 
 DENSE = 2**22
 """Entries: a sparse table below this is made dense (32 MB), a larger one never."""
@@ -19,6 +20,15 @@ DENSE = 2**22
 
 class LinearModel(BaseEstimator):
     """The base of `HypergradientRidge` and `HypergradientLogisticRegression`; not for use by itself."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "penalty": [StrOptions({"one", "per-feature"}), "array-like"],
+        "fit_intercept": ["boolean"],
+        "shrinkage": [NOT_NEGATIVE],
+        "max_iter": [COUNT],
+        "tol": [POSITIVE],
+        "parallel": [COUNT, None],
+    }
 
     n_features_in_: int
     coef_: np.ndarray
@@ -52,17 +62,8 @@ class LinearModel(BaseEstimator):
         return tags
 
     def _check_options(self) -> None:
-        check_flag("fit_intercept", self.fit_intercept)
+        self._validate_params()
         check_bounds("alpha_bounds", self.alpha_bounds)
-        check_number("shrinkage", self.shrinkage, strict=False)
-        check_number("tol", self.tol)
-        check_count("max_iter", self.max_iter)
-        if self.parallel is not None:
-            check_count("parallel", self.parallel)
-        if isinstance(self.penalty, str) and self.penalty not in ("one", "per-feature"):
-            raise ValueError(
-                f'penalty is {self.penalty!r}; use "one", "per-feature", or the number of the group of each feature'
-            )
 
     def _groups(self, features: int) -> np.ndarray:
         """The group of each feature, 0 ... G - 1."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import _safe_indexing
+from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_array, check_is_fitted, check_X_y, validate_data
 
 from hyperax.estimators.multitask_problem import solution
 from hyperax.estimators.multitask_search import Search
-from hyperax.estimators.tables import check_count, check_flag, check_number, float64
+from hyperax.estimators.tables import COUNT, POSITIVE, float64
 
 _MISSING = ("None", "nan", "<NA>", "NaT")  # what is no string and reads so is no name of a task
 
@@ -77,6 +78,16 @@ class MultitaskRidge(RegressorMixin, BaseEstimator):
      [1. 2.]]
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "relation": [StrOptions({"mean", "similarities"})],
+        "unknown_tasks": [StrOptions({"mean", "error"})],
+        "per_feature": ["boolean"],
+        "fit_intercept": ["boolean"],
+        "max_iter": [COUNT],
+        "tol": [POSITIVE],
+        "random_state": ["random_state"],
+    }
+
     def __init__(
         self,
         relation: str = "mean",
@@ -109,12 +120,7 @@ class MultitaskRidge(RegressorMixin, BaseEstimator):
 
         Returns: self.
         """
-        _check_choice("relation", self.relation, ("mean", "similarities"))
-        _check_choice("unknown_tasks", self.unknown_tasks, ("mean", "error"))
-        check_flag("per_feature", self.per_feature)
-        check_flag("fit_intercept", self.fit_intercept)
-        check_count("max_iter", self.max_iter)
-        check_number("tol", self.tol)
+        self._validate_params()
         x, y, names = self._read(X, y, fitting=True)
         y = np.asarray(y, np.float64)  # `y_numeric` converts objects alone, no strings
         self.tasks_, task = np.unique(names, return_inverse=True)
@@ -193,8 +199,3 @@ class MultitaskRidge(RegressorMixin, BaseEstimator):
             return check_array(x, dtype=kind, estimator=self), None, names
         x, y = check_X_y(x, y, dtype=kind, y_numeric=True, estimator=self)
         return x, y, names
-
-
-def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; use {' or '.join(map(repr, known))}")

@@ -10,9 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 from sklearn.model_selection import check_cv
+from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight
 
 from hyperax.cross_validation import folds
+
+POSITIVE = Interval(numbers.Real, 0, np.inf, closed="neither")
+NOT_NEGATIVE = Interval(numbers.Real, 0, np.inf, closed="left")
+COUNT = Interval(numbers.Integral, 1, None, closed="left")
+"""For `_parameter_constraints`, which scikit-learn checks and words (`_validate_params`)."""
 
 
 @contextlib.contextmanager
@@ -119,25 +125,6 @@ def fold_bucket(count: int, parallel: int | None = None, *, small: bool = True) 
         return count  # one after the other: an empty fold would cost a turn
     size = count if not small else 5 if 1 < count <= 5 else bucket(count)
     return -(-size // together) * together if parallel else size
-
-
-def check_count(name: str, count: Any, least: int = 1) -> None:
-    """Raise a `ValueError` unless this is a whole number, at least `least`."""
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < least:
-        raise ValueError(f"{name} is {count!r}; it must be a whole number, at least {least}")
-
-
-def check_number(name: str, number: Any, above: float = 0.0, *, strict: bool = True) -> None:
-    """Raise a `ValueError` unless this is a finite number above a bound."""
-    good = isinstance(number, numbers.Real) and not isinstance(number, bool) and np.isfinite(float(number))
-    if not good or float(number) < above or (strict and float(number) == above):
-        raise ValueError(f"{name} is {number!r}; it must be a number {'>' if strict else '>='} {above:g}")
-
-
-def check_flag(name: str, flag: Any) -> None:
-    """Raise a `ValueError` unless this is True or False: every string is true."""
-    if not isinstance(flag, bool | np.bool_):
-        raise ValueError(f"{name} is {flag!r}; it must be True or False")
 
 
 def check_bounds(name: str, bounds: Any) -> tuple[float, float]:

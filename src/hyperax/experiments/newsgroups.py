@@ -232,7 +232,7 @@ class Newsgroups(Study):
             f"{grid:+.2f} ± {grid_half:.2f} (95 % intervals of paired differences over test documents)."
             + ("" if one > half else " It does NOT clearly beat the single coefficient."),
             "The coefficients are fitted to the validation loss, more than 100 000 of them: that loss is too low to "
-            "be an estimate. Test documents were used once, at the end.",
+            "be an estimate. No setting was chosen by test documents.",
             f"A fold is a stretch of time ({self.folds} of them, by article numbers). The hypergradient validates on "
             "the newest. Start, step size and number of hyperiterations were chosen by runs with --split validation.",
         ]
