@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 from sklearn.utils import Bunch
 
 from hyperax.experiments import study
-from hyperax.experiments.newsgroups import EACH, GRID, ONE, Newsgroups, read_corpus
+from hyperax.experiments.newsgroups.corpus import read_corpus
+from hyperax.experiments.newsgroups.study import EACH, GRID, ONE, Newsgroups
 
 GROUPS = ("rec.planets", "sci.spoons")
 

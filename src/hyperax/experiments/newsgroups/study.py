@@ -1,64 +1,30 @@
 """20 Newsgroups: one L2 coefficient a word, tuned by hypergradient, against grid search for a single one.
 
-f(alpha) = mean over validated documents of - log p(y_i | x_i; w^k),   w^k trained without fold k
-alpha: one coefficient for each of more than 100 000 words
+f(lam) = mean over validation documents of - log p(y_i | x_i; w_lam)
+w_lam = argmin over w of  - sum over training documents of log p(y_i | x_i; w) + sum_j exp(lam_j) |w_j|^2 / 2
+lam: one log coefficient for each of more than 100 000 words
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
 
-from hyperax.dynamics import Newton
-from hyperax.estimators.sparse import SparseMatrix
 from hyperax.experiments.figures import BLUE, GREY, INK, RED, legend, new_figure, style
+from hyperax.experiments.newsgroups.corpus import Corpus, read_corpus
+from hyperax.experiments.newsgroups.problem import HYPERGRADIENT, split_of, trained
 from hyperax.experiments.study import Opened, Part, Say, Shown, Study
-from hyperax.fewshot.datasets.sources import find
-from hyperax.linear_solvers import ConjugateGradient
-from hyperax.methods import ExponentialTolerance, Implicit, hypergradient
 from hyperax.minimize import minimize
-from hyperax.problem import Problem
 from hyperax.rollout import check_steps
 
 ONE, EACH, GRID = "one coefficient", "one a word", "LogisticRegressionCV"
 _COLORS = {ONE: BLUE, EACH: RED, GRID: INK}
-_FILE = "20news-bydate_py3.pkz"
-_ADVICE = (
-    "get it with sklearn.datasets.fetch_20newsgroups(data_home=FOLDER), which leaves it in FOLDER, and name FOLDER"
-)
-
-
-class Documents(NamedTuple):
-    """Words of each document as tf-idf, its group, and its age.
-
-    Fields:
-        x: CSR [n, d]. y: [n].
-        age: [n] in [0, 1), the place of a document among those of its group in the order in which they were posted.
-    """
-
-    x: Any
-    y: np.ndarray
-    age: np.ndarray
-
-
-class Corpus(NamedTuple):
-    """What is trained and validated on, what is tested on, and the words."""
-
-    train: Documents
-    test: Documents
-    words: np.ndarray
-    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -150,7 +116,7 @@ class Newsgroups(Study):
             (self.one_learning_rate, self.one_hyperiterations) if one else (self.learning_rate, self.hyperiterations)
         )
         solution = minimize(
-            hypergradient(SOFTMAX, Newton(**NEWTON), IMPLICIT),
+            HYPERGRADIENT,
             lam,
             data=split_of(data.train, train, validation, start),
             # A short memory of squared gradients: they fall fast from one hyperiteration to the next.
@@ -300,124 +266,7 @@ class Newsgroups(Study):
         return Shown("words", figure, "Shares of words with a lowered and with a raised regulariser", caption)
 
 
-class Split(NamedTuple):
-    """Training and validation documents, and the scale S [d + 1, 1] of the inner variables v: (w, b) = S v.
-
-    S^2 is near 1 / diag of the Hessian, for conjugate gradients.
-    """
-
-    x: SparseMatrix
-    y: Array
-    x_validation: SparseMatrix
-    y_validation: Array
-    scale: Array
-
-
-def split_of(documents: Documents, train: np.ndarray, validation: np.ndarray, log_alpha: float) -> Split:
-    """Both sides in float32."""
-    classes = int(documents.y.max()) + 1
-    y = np.eye(classes, dtype=np.float32)[documents.y]
-    x = documents.x[train]
-    squares = np.append(np.asarray(x.multiply(x).mean(0)).ravel(), 1.0) * (1 - 1 / classes) / classes
-    scale = 1 / np.sqrt(squares + np.append(np.full(x.shape[1], np.exp(log_alpha) / len(train)), 0.0))
-    sparse = lambda rows: SparseMatrix.from_scipy(rows, np.float32)
-    return Split(
-        sparse(x),
-        jnp.asarray(y[train]),
-        sparse(documents.x[validation]),
-        jnp.asarray(y[validation]),
-        jnp.asarray(scale[:, None], jnp.float32),
-    )
-
-
-def _cross_entropy(v: Array, x: SparseMatrix, y: Array, d: Split) -> Array:
-    w = d.scale * v
-    z = x @ w[:-1] + w[-1]
-    return jnp.mean(jax.nn.logsumexp(z, 1) - jnp.sum(y * z, 1))
-
-
-def _inner(v: Array, lam: Array, d: Split) -> Array:
-    w = d.scale * v
-    penalty = jnp.sum(jnp.exp(lam) * jnp.sum(w[:-1] ** 2, 1)) / len(d.y)
-    return _cross_entropy(v, d.x, d.y, d) + (penalty + jnp.sum(w[-1]) ** 2) / 2  # b + const is b: its sum is held at 0
-
-
-SOFTMAX = Problem(
-    inner=_inner,
-    outer=lambda v, lam, d: _cross_entropy(v, d.x_validation, d.y_validation, d),
-    init=lambda lam, d: jnp.zeros((d.scale.shape[0], d.y.shape[1]), jnp.float32),
-)
-NEWTON = {"tolerance": 5e-4, "forcing": 0.5, "max_steps": 25}
-IMPLICIT = Implicit(30, ConjugateGradient(max_steps=25), warm_start=True, tolerance=ExponentialTolerance(5e-3, 0.8))
-"""The first hypergradients may be rough: each begins where the last ended, and asks for more digits (HOAG)."""
-
-
-def trained(documents: Documents, alpha: np.ndarray) -> Callable[[Any], np.ndarray]:
-    """The model of these coefficients on all documents, by scikit-learn; a function x -> log p [n, C].
-
-    With x_j / sqrt(alpha_j) in place of x_j every coefficient is 1.
-    """
-    import scipy.sparse
-    from sklearn.linear_model import LogisticRegression
-
-    scaled = lambda x: x @ scipy.sparse.diags_array(np.broadcast_to(1 / np.sqrt(alpha), x.shape[1]))
-    model = LogisticRegression(C=1.0, max_iter=200)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as for the grid
-        model.fit(scaled(documents.x), documents.y)
-    return lambda x: model.predict_log_proba(scaled(x))
-
-
 def _difference(a: Part, b: Part) -> tuple[float, float]:
     """Points of accuracy of a over b on the same documents, with the 95 % interval."""
     x = 100 * np.subtract(a.arrays["correct"], b.arrays["correct"], dtype=float)
     return float(x.mean()), float(1.96 * x.std(ddof=1) / np.sqrt(len(x)))
-
-
-def read_corpus(data_dir: str | None, split: str) -> tuple[Corpus, str]:
-    """Tf-idf of the documents, from scikit-learn's file of them, and its SHA-256.
-
-    Arguments:
-        data_dir: the folder that holds `20newsgroups/`, or the file itself; else the environment variable HYPERAX_DATA.
-        split: "test", or "validation": the newest fifth of the training set in place of the test set.
-
-    Raises: `ValueError` if the file is missing or damaged.
-    Cost: 8 seconds, most of them for counting words.
-    """
-    from sklearn.datasets import fetch_20newsgroups
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    path = find("20newsgroups", [_FILE], data_dir, _ADVICE)
-    try:
-        train, test = (
-            fetch_20newsgroups(data_home=path.parent, subset=side, shuffle=False, download_if_missing=False)
-            for side in ("train", "test")
-        )
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {_ADVICE}") from error
-    train, test = cast(Any, train), cast(Any, test)  # typed as pairs of arrays as well
-    texts, y, age = np.array(train.data, object), np.asarray(train.target), _ages(train)
-    late_texts, late_y, late_age = np.array(test.data, object), np.asarray(test.target), _ages(test)
-    if split == "validation":
-        old, new = age < 0.8, age >= 0.8
-        late_texts, late_y, late_age = texts[new], y[new], age[new]
-        texts, y, age = texts[old], y[old], age[old] / 0.8
-    vectorizer = TfidfVectorizer()
-    x = vectorizer.fit_transform(texts)
-    corpus = Corpus(
-        Documents(x, y, age),
-        Documents(vectorizer.transform(late_texts), late_y, late_age),
-        vectorizer.get_feature_names_out(),
-        tuple(train.target_names),
-    )
-    return corpus, hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _ages(documents: Any) -> np.ndarray:
-    """The place of each document among those of its group, by article number (the name of its file)."""
-    number = np.array([int(Path(name).name) for name in documents.filenames])
-    age = np.zeros(len(number))
-    for group in np.unique(documents.target):
-        of_group = np.flatnonzero(documents.target == group)
-        age[of_group[np.argsort(number[of_group], kind="stable")]] = np.arange(len(of_group)) / len(of_group)
-    return age
