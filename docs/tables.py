@@ -119,17 +119,31 @@ def study(run: dict[str, Any]) -> str:
     table, recipe = run["table"], run["recipe"]
     lines = [f"| {' | '.join(table['columns'])} |", f"|{'---|' * len(table['columns'])}"]
     lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
+    where = f"`hyperax run {recipe} --seed {run['seed']}`: {_where(run)}."
+    return "\n".join([*lines, "", where, "", *(f"- {note}" for note in run["notes"])])
+
+
+def studies() -> str:
+    """The headline of each study, and where it was measured."""
+    lines = []
+    for path, run in _summaries():
+        if "headline" in run:
+            said = f"**{run['headline']['number']}** {run['headline']['text'].rstrip('.')}"
+            lines.append(f"- [`{run['recipe']}`](results/{path.parent.name}/summary.json): {said} ({_where(run)}).")
+    return "\n".join(lines)
+
+
+def _where(run: dict[str, Any]) -> str:
     seconds = run["timing"]["seconds"]
     time = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-    where = f"`hyperax run {recipe} --seed {run['seed']}`: {time}, {run['machine']}, commit {run['commit']}."
-    return "\n".join([*lines, "", where, "", *(f"- {note}" for note in run["notes"])])
+    return f"{time}, seed {run['seed']}, {run['machine']}, commit {run['commit']}"
 
 
 def _spread(score: dict[str, float]) -> str:
     return f"{100 * score['mean']:.1f} ± {100 * score['sd']:.1f}"
 
 
-BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
+BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t, studies)}
 BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps, estimators, data_cleaning_peers)}
 BLOCKS |= {path.parent.name.replace("-", "_"): partial(study, run) for path, run in _summaries() if "headline" in run}
 
