@@ -205,8 +205,8 @@ class Newsgroups(Study):
         return {
             "headline": {
                 "number": f"{of[EACH]['coefficients']:,}",
-                "text": f"regularisers tuned in {of[EACH]['seconds']:.0f} s, {share:.2f} of the time of grid search for one; "
-                f"test accuracy {100 * of[EACH]['test_accuracy']:.1f} %, with one regulariser "
+                "text": f"regularisers tuned in {of[EACH]['seconds']:.0f} s, {share:.2f} of the time of grid search "
+                f"for one; test accuracy {100 * of[EACH]['test_accuracy']:.1f} %, with one regulariser "
                 f"{100 * of[ONE]['test_accuracy']:.1f} %.",
             },
             "table": {
