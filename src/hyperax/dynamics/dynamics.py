@@ -52,9 +52,9 @@ class Dynamics(eqx.Module):
 def check_setting(name: str, setting: Setting, lowest: float = 0.0, below: float = float("inf")) -> None:
     """Raise a `ValueError` for a setting that no lam could make right; called when a dynamics is built."""
     if callable(setting):
-        if _arity(setting) not in (1, 2):
+        if arity(setting) not in (1, 2):
             raise ValueError(
-                f"{name} is a function of {_arity(setting)} arguments; it must be a number, a function of lam, "
+                f"{name} is a function of {arity(setting)} arguments; it must be a number, a function of lam, "
                 "or a function of (lam, t)"
             )
     elif isinstance(setting, int | float) and not lowest <= setting < below:
@@ -67,16 +67,16 @@ def evaluate_setting(setting: Setting, lam: Lam, t: Step) -> PyTree:
     if not callable(setting):
         return setting
     function: Callable[..., Any] = setting
-    return function(lam) if _arity(function) == 1 else function(lam, t)
+    return function(lam) if arity(function) == 1 else function(lam, t)
 
 
 def depends_on_step(setting: Setting) -> bool:
     """Whether a setting is a function of (lam, t)."""
-    return callable(setting) and _arity(setting) == 2
+    return callable(setting) and arity(setting) == 2
 
 
-def _arity(function: Callable) -> int:
-    # Optional arguments are the function's own business: only what must be given counts.
+def arity(function: Callable) -> int:
+    """How many arguments must be given; optional ones are the function's own business."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # a built-in that does not say

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from hyperax.batches import minibatch
 from hyperax.checks import leaf_name
 from hyperax.dynamics.dynamics import Step
-from hyperax.dynamics.dynamics import _arity as arguments
+from hyperax.dynamics.dynamics import arity as arguments
 from hyperax.dynamics.optax_dynamics import Optax
 from hyperax.problem import Lam, Problem, Scalar, W
 from hyperax.rollout import check_steps, rollout
