@@ -19,11 +19,12 @@ from jax.flatten_util import ravel_pytree
 from hyperax.certificate.differences import Comparison, compare
 from hyperax.certificate.evidence import Evidence
 from hyperax.certificate.inner_runs import TaskReport, inner_reports
-from hyperax.certificate.measuring import Subject, double_precision, in_double
+from hyperax.certificate.measuring import Subject, in_double
 from hyperax.certificate.verdict import judge
 from hyperax.checks import UnusedLeafWarning, variables_of
 from hyperax.methods import HypergradientFunction, Method
 from hyperax.methods.hypergradient import compiled
+from hyperax.precision import float64
 from hyperax.problem import Data, Hypergradient, Lam
 from hyperax.rollout import check_steps
 from hyperax.tasks import MeanOverTasks
@@ -181,7 +182,7 @@ def certify(
         subject, precise, failure = own, h, None
         if any(d != np.float64 for d in dtypes) and np.isfinite(h.value):
             subject, precise, failure = _in_double(own, h, carry)
-        with nullcontext() if subject is own else double_precision():
+        with nullcontext() if subject is own else float64():
             gradient = _flat(precise)
             reports = inner_reports(subject, precise.state, starts, draw)
             worst = max(range(len(reports)), key=lambda j: reports[j].run.badness)
@@ -242,7 +243,7 @@ def certify(
 def _in_double(own: Subject, h: Hypergradient, carry: Any) -> tuple[Subject, Hypergradient, str | None]:
     """The subject and its hypergradient in float64, or as they are, with the reason, where the objectives refuse."""
     try:
-        with double_precision():
+        with float64():
             subject = Subject(own.whole, in_double(own.lam), in_double(own.data))
             precise = compiled(subject.whole, subject.lam, subject.data, in_double(carry))
             return subject, jax.block_until_ready(precise), None

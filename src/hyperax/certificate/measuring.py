@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import equinox as eqx
@@ -21,14 +19,8 @@ Measure = Callable[..., Any]
 """(problem, dynamics, lam, data, shared, mapped) -> arrays of one task; `mapped` is of each task, `shared` of all."""
 
 
-def double_precision() -> AbstractContextManager[Any]:
-    """Float64 inside, whatever `jax_enable_x64` says outside."""
-    module = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")  # before jax 0.8
-    return module.enable_x64(True)
-
-
 def in_double(tree: PyTree) -> PyTree:
-    """The tree with its floating-point arrays in float64; to be called inside `double_precision()`."""
+    """The tree with its floating-point arrays in float64; to be called inside `float64()`."""
     convert = lambda x: jnp.asarray(x, jnp.float64) if eqx.is_inexact_array(x) else x
     return jax.tree.map(convert, tree)
 

@@ -10,8 +10,9 @@ import scipy.sparse
 
 from hyperax.cross_validation import Fold
 from hyperax.estimators.newton_problem import FoldData, newton_hypergradient
-from hyperax.estimators.tables import bucket, float64, fold_bucket, padded
+from hyperax.estimators.tables import bucket, fold_bucket, padded
 from hyperax.methods.implicit import Memory
+from hyperax.precision import float64
 from hyperax.problem import Shared
 
 ROWS, COLUMNS, CLASSES = 320, 16, 4

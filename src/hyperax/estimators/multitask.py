@@ -12,7 +12,8 @@ from sklearn.utils.validation import check_array, check_is_fitted, check_X_y, va
 
 from hyperax.estimators.multitask_problem import solution
 from hyperax.estimators.multitask_search import Search
-from hyperax.estimators.tables import COUNT, POSITIVE, float64
+from hyperax.estimators.tables import COUNT, POSITIVE
+from hyperax.precision import float64
 
 _MISSING = ("None", "nan", "<NA>", "NaT")  # what is no string and reads so is no name of a task
 

@@ -11,12 +11,13 @@ import scipy.sparse
 from sklearn.base import RegressorMixin
 from sklearn.utils.validation import validate_data
 
-from hyperax.estimators.linear_folds import COLUMNS, ROWS, NewtonFolds
+from hyperax.estimators.linear_folds import COLUMNS, ROWS, SMALL, NewtonFolds
 from hyperax.estimators.linear_model import LinearModel, dense_if_small, mean_square
 from hyperax.estimators.newton_problem import half_square
 from hyperax.estimators.ridge_problem import ridge_data, ridge_hypergradient
 from hyperax.estimators.search import Evaluate
-from hyperax.estimators.tables import bucket, example_weights, float64, fold_bucket, fold_weights, padded
+from hyperax.estimators.tables import bucket, example_weights, fold_bucket, fold_weights, padded
+from hyperax.precision import float64
 
 TARGETS = 4
 
@@ -135,7 +136,7 @@ def _exact(x, y, train, validation, intercept: bool, parallel: int | None) -> Ev
     # Which of the two systems is the smaller is decided by the padded sizes.
     wide = x.shape[0] < x.shape[1]
     n, d = bucket(x.shape[0], COLUMNS if wide else ROWS, 64 if wide else 512), bucket(x.shape[1], COLUMNS, 64)
-    K = fold_bucket(len(train), parallel)
+    K = fold_bucket(len(train), parallel, small=n * d <= SMALL)
     targets = bucket(y.shape[1], TARGETS) if y.shape[1] > 1 else 1
     hypergradient = ridge_hypergradient(parallel)
     with float64():

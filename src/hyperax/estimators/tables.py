@@ -1,39 +1,22 @@
-"""What the estimators share: float64, padded tables, weights of examples, folds as weights."""
+"""What the estimators share: padded tables, weights of examples, folds as weights."""
 
 from __future__ import annotations
 
-import contextlib
 import numbers
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import _check_sample_weight
 
 from hyperax.cross_validation import folds
+from hyperax.precision import float64
 
 POSITIVE = Interval(numbers.Real, 0, np.inf, closed="neither")
 NOT_NEGATIVE = Interval(numbers.Real, 0, np.inf, closed="left")
 COUNT = Interval(numbers.Integral, 1, None, closed="left")
 """For `_parameter_constraints`, which scikit-learn checks and words (`_validate_params`)."""
-
-
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    """Float64 in this thread, whatever the global setting of JAX is; NumPy arrays go in, NumPy arrays must come out.
-
-    >>> import jax.numpy as jnp
-    >>> with float64():
-    ...     print(jnp.asarray(np.ones(2)).dtype)
-    float64
-    """
-    new = hasattr(jax, "enable_x64")  # in jax.experimental until 0.8
-    local: Any = jax.enable_x64 if new else jax.experimental.enable_x64  # pyright: ignore
-    with local(True):
-        yield
 
 
 def bucket(size: int, smallest: int = 1, coarse: int = 1) -> int:

@@ -61,7 +61,7 @@ class Study(abc.ABC):
     """A configuration whose parts are measured one by one, each kept when it is finished.
 
     A kind of study is a subclass, a frozen dataclass: its fields are the options of the command line, its methods say
-    what is measured and what is shown. It adds itself to `STUDIES` in `experiments/__init__.py` and to the recipes.
+    what is measured and what is shown. One more entry of `STUDIES` in `studies.py` makes it a recipe.
     """
 
     kind: ClassVar[str]

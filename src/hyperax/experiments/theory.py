@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from hyperax.dynamics import GradientDescent
 from hyperax.experiments.effect_of_t import Sets, linear_representation
+from hyperax.precision import float64
 from hyperax.problem import Problem
 from hyperax.rollout import rollout
 
@@ -103,7 +104,7 @@ def theorem(steps: Sequence[int] = STEPS, side: int = 81) -> dict[str, Any]:
     Returns: JSON types: constants, and a row for each T.
     Cost: seconds.
     """
-    with jax.enable_x64(True):
+    with float64():
         sets, most = small_sets(), max(steps)
         everywhere = jax.jit(jax.vmap(lambda lam: along(lam, sets, most)))
         line = jnp.linspace(0, LARGEST, side)
@@ -159,7 +160,7 @@ def two_minimisers(start: float = 0.2) -> Problem:
 
 def missed(steps: int = 200, side: int = 401) -> dict[str, Any]:
     """f_T against f for two minimisers: lim f_T(lam) = (1 + lam)^2, f(lam) = (1 - lam)^2."""
-    with jax.enable_x64(True):
+    with float64():
         problem, lams = two_minimisers(), jnp.linspace(*INTERVAL, side)
         w = jax.jit(jax.vmap(lambda lam: rollout(problem, GradientDescent(0.2), steps, lam)[0].w))(lams)
         f_T, f = (w + 1) ** 2, (1 - lams) ** 2
@@ -252,7 +253,7 @@ def _two() -> Figure:
     left.plot(w, (w**2 - lam**2) ** 2 / 4, color=INK, linewidth=1.8, label=r"$L_\lambda(w)$")
     left.plot(w, (w + 1) ** 2 / 4, color=GREY, linewidth=1.4, linestyle=(0, (4, 3)), label="$E(w) / 4$")
     observe = lambda w: w
-    with jax.enable_x64(True):
+    with float64():
         path = rollout(two_minimisers(), GradientDescent(0.2), 30, jnp.asarray(lam), observe=observe)[1]
         lams = jnp.linspace(*INTERVAL, 101)
         ends = {
@@ -293,7 +294,7 @@ def _convergence(found: dict[str, Any]) -> Figure:
         left.semilogy(steps[keep], seen[keep], "o-", color=color, linewidth=1.5, markersize=4, label=label)
     style(left, xlabel="inner steps $T$")
     left.legend(fontsize=8, frameon=False, labelcolor=INK)
-    with jax.enable_x64(True):
+    with float64():
         line = jnp.linspace(0, LARGEST, 81)
         points = jnp.stack(jnp.meshgrid(line, line), -1).reshape(-1, 2)
         values = np.asarray(jax.vmap(lambda lam: along(lam, small_sets(), 1).exact)(points).reshape(81, 81))

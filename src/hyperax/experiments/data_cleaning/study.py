@@ -46,7 +46,7 @@ class DataCleaning(Study):
     budgets: tuple[int, ...] = (1000, 1500, 2000, 2500)
     """R, the largest sums of the weights."""
     headline_budget: int = 2500
-    """The R of the headline and the figures: fixed beforehand, the number of right labels."""
+    """The R of the headline and the figures: the number of right labels."""
     l2: float = 0.01
     """In units of the largest eigenvalue of the covariance of the pixels."""
     hyperiterations: int = 30

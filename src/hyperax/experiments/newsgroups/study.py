@@ -61,10 +61,8 @@ class Newsgroups(Study):
     """Steps on the one coefficient."""
 
     def __post_init__(self) -> None:
-        for name, least in (("folds", 2), ("grid_size", 2)):
+        for name, least in (("folds", 2), ("grid_size", 2), ("hyperiterations", 1), ("one_hyperiterations", 1)):
             check_steps(getattr(self, name), name, least)
-        for name in ("hyperiterations", "one_hyperiterations"):
-            check_steps(getattr(self, name), name, 1)
         for name in ("start", "learning_rate", "one_start", "one_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
@@ -199,8 +197,8 @@ class Newsgroups(Study):
             + ("" if one > half else " It does NOT clearly beat the single coefficient."),
             "The coefficients are fitted to the validation loss, more than 100 000 of them: that loss is too low to "
             "be an estimate. No setting was chosen by test documents.",
-            f"A fold is a stretch of time ({self.folds} of them, by article numbers). The hypergradient validates on "
-            "the newest. Start, step size and number of hyperiterations were chosen by runs with --split validation.",
+            f"A fold is a stretch of time ({self.folds} of them, by article numbers). The hypergradient validates on the "
+            "newest. Start and number of hyperiterations of one a word were chosen by runs with --split validation.",
         ]
         return {
             "headline": {
