@@ -197,8 +197,9 @@ class Newsgroups(Study):
             + ("" if one > half else " It does NOT clearly beat the single coefficient."),
             "The coefficients are fitted to the validation loss, more than 100 000 of them: that loss is too low to "
             "be an estimate. No setting was chosen by test documents.",
-            f"A fold is a stretch of time ({self.folds} of them, by article numbers). The hypergradient validates on the "
-            "newest. Start and number of hyperiterations of one a word were chosen by runs with --split validation.",
+            f"A fold is a stretch of time ({self.folds} of them, by article numbers). The hypergradient validates on "
+            "the newest. Start and number of hyperiterations of one a word were chosen by runs with --split "
+            "validation.",
         ]
         return {
             "headline": {
