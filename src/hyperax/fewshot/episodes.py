@@ -7,7 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key, UInt8
+from jaxtyping import Array, Bool, Int, Key, UInt8
 
 from hyperax.fewshot.image_classes import ImageClasses
 
@@ -20,6 +20,9 @@ class Episode(NamedTuple):
         support_labels: int32 [N K], 0, ..., N - 1.
         query: images to be classified (D_val), uint8 [N Q, height, width, channels].
         query_labels: int32 [N Q].
+        support_mask: which support images are there, bool [N K]; `None`: all. The others are padding, so that tasks
+            with other numbers of classes and shots have one shape; a class without support images is not in the task.
+        query_mask: the same for the query images, bool [N Q].
 
     >>> images = jnp.zeros((2, 4, 4, 1), jnp.uint8)
     >>> Episode(images, jnp.arange(2), images, jnp.arange(2)).support.shape
@@ -30,6 +33,8 @@ class Episode(NamedTuple):
     support_labels: Int[Array, " NK"]
     query: UInt8[Array, "NQ height width channels"]
     query_labels: Int[Array, " NQ"]
+    support_mask: Bool[Array, " NK"] | None = None
+    query_mask: Bool[Array, " NQ"] | None = None
 
 
 class Episodes(eqx.Module):
@@ -42,6 +47,10 @@ class Episodes(eqx.Module):
         overlap: `False`: support and query images are disjoint. `True`: both are drawn independently, as in the
             papers' code, so that a query image may be among the support images (K / n of them on average, n the
             images of the class); results obtained so are to be labelled.
+        fewest_ways: draw the number of classes of each episode from `fewest_ways`, ..., `ways`; the episode keeps its
+            shape, with masks. `None`: always `ways`.
+        fewest_shots: likewise for the number of support images a class.
+        held_out: `False`: the query set is the support set, `queries` without effect (the papers' -train variants).
 
     Raises: `ValueError` for counts below 1; `check` for classes that cannot give such episodes.
     Cost: of a draw, one gather of N (K + Q) images, and random numbers for every class and for the images of N classes.
@@ -58,6 +67,9 @@ class Episodes(eqx.Module):
     shots: int
     queries: int
     overlap: bool = False
+    fewest_ways: int | None = None
+    fewest_shots: int | None = None
+    held_out: bool = True
 
     def __check_init__(self):
         for name in ("ways", "shots", "queries"):
@@ -66,6 +78,12 @@ class Episodes(eqx.Module):
                 raise ValueError(
                     f"{name} must be a whole number, at least {2 if name == 'ways' else 1}; it is {value!r}"
                 )
+        for name, least, most in (("fewest_ways", 2, self.ways), ("fewest_shots", 1, self.shots)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name} must be a whole number or None; it is {value!r}")
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it must be from {least} to {most}, the most that are drawn")
 
     def check(self, classes: ImageClasses, where: str = "this set") -> None:
         """Raise `ValueError` if these classes cannot give such episodes: too few classes, or images in a class."""
@@ -75,13 +93,19 @@ class Episodes(eqx.Module):
                 f"{self.ways}-way episodes need {self.ways} classes and {where} has {count}: use fewer ways or more "
                 "classes"
             )
-        needed = max(self.shots, self.queries) if self.overlap else self.shots + self.queries
+        queries = self._queries
+        needed = max(self.shots, queries) if self.overlap else self.shots + queries
         fewest = int(classes.count.argmin())
         if classes.count[fewest] < needed:
             raise ValueError(
                 f"class {classes.names[fewest]!r} of {where} has {int(classes.count[fewest])} images and an episode "
-                f"needs {needed} ({self.shots} shots, {self.queries} queries): use fewer, or remove the class"
+                f"needs {needed} ({self.shots} shots, {queries} queries): use fewer, or remove the class"
             )
+
+    @property
+    def _queries(self) -> int:
+        """Query images a class beside the support images."""
+        return self.queries if self.held_out else 0
 
     def sample(self, key: Key[Array, ""], classes: ImageClasses) -> Episode:
         """One episode, a pure function of the key; traceable, so it can be drawn inside a compiled step."""
@@ -89,7 +113,7 @@ class Episodes(eqx.Module):
         # NumPy's arrays, as they are before a device_put, cannot be indexed by what is traced.
         all_images, start, count = (jnp.asarray(x) for x in (classes.images, classes.start, classes.count))
         chosen = _choose(for_classes, len(start), self.ways)
-        most = self.shots + self.queries
+        most = self.shots + self._queries
         limit = count[chosen]
         if self.overlap:
             support = _choose_below(for_support, limit, self.shots, classes.largest)
@@ -102,7 +126,21 @@ class Episodes(eqx.Module):
             return all_images[(start[chosen][:, None] + index).reshape(-1)]
 
         labels = jnp.arange(self.ways, dtype=jnp.int32)
-        return Episode(images(support), jnp.repeat(labels, self.shots), images(query), jnp.repeat(labels, self.queries))
+        shown, of_shown = images(support), jnp.repeat(labels, self.shots)
+        support_mask, query_mask = self._masks(jax.random.fold_in(key, 3))
+        if not self.held_out:
+            return Episode(shown, of_shown, shown, of_shown, support_mask, support_mask)
+        return Episode(shown, of_shown, images(query), jnp.repeat(labels, self.queries), support_mask, query_mask)
+
+    def _masks(self, key: Key[Array, ""]) -> tuple[Array | None, Array | None]:
+        """Which images of the largest episode are in one with as many classes and shots as the key says."""
+        if self.fewest_ways is None and self.fewest_shots is None:
+            return None, None
+        for_ways, for_shots = jax.random.split(key)
+        draw = lambda key, least, most: jax.random.randint(key, (), most if least is None else least, most + 1)
+        in_task = jnp.arange(self.ways) < draw(for_ways, self.fewest_ways, self.ways)
+        shown = jnp.arange(self.shots) < draw(for_shots, self.fewest_shots, self.shots)
+        return (in_task[:, None] & shown).reshape(-1), jnp.repeat(in_task, self.queries)
 
     def sample_many(self, key: Key[Array, ""], classes: ImageClasses, count: int) -> Episode:
         """`count` episodes, stacked on a leading task axis."""

@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from hyperax.fewshot.layers import (
     Activations,
@@ -21,6 +21,7 @@ from hyperax.fewshot.layers import (
     moments_over_tasks,
     own_moments,
 )
+from hyperax.tasks import TASKS
 
 Features = Float[Array, "images features"]
 Network = Callable[[Activations, Moments], Features]
@@ -178,7 +179,12 @@ class PerImage(eqx.Module):
 
 
 def encode(
-    network: Network, support: Activations, query: Activations, statistics: Statistics = "set"
+    network: Network,
+    support: Activations,
+    query: Activations,
+    statistics: Statistics = "set",
+    support_mask: Bool[Array, " NK"] | None = None,
+    query_mask: Bool[Array, " NQ"] | None = None,
 ) -> tuple[Features, Features]:
     """Features h_lam(x) of the support and of the query images of one episode, with the chosen batch statistics.
 
@@ -188,6 +194,8 @@ def encode(
         query: [N Q, height, width, channels], in [0, 1].
         statistics: "set": each set's own. "support": the support set's for both. "episode": those of both together.
             "batch": those of all episodes mapped together, inside `mean_over_tasks` only.
+        support_mask, query_mask: which images are there; the others, padding, take no part in the statistics. `None`:
+            all.
 
     Returns: features of the support [N K, features] and of the query images [N Q, features].
     Raises: `ValueError` for other statistics.
@@ -201,13 +209,45 @@ def encode(
     ((5, 16), (10, 16))
     """
     if statistics == "set":
-        return network(support, own_moments), network(query, own_moments)
+        return network(support, _own(support_mask)), network(query, _own(query_mask))
     count = support.shape[0]
-    moments = {"support": moments_of_first(count), "episode": own_moments, "batch": moments_over_tasks}
-    if statistics not in moments:
+    if statistics not in ("support", "episode", "batch"):
         raise ValueError(f"unknown statistics {statistics!r}: use 'set', 'support', 'episode' or 'batch'")
-    features = network(jnp.concatenate([support, query]), moments[statistics])
+    features = network(
+        jnp.concatenate([support, query]),
+        _moments(statistics, _filled(support_mask, count), _filled(query_mask, len(query)))
+        if support_mask is not None or query_mask is not None
+        else {"support": moments_of_first(count), "episode": own_moments, "batch": moments_over_tasks}[statistics],
+    )
     return features[:count], features[count:]
+
+
+def _filled(mask: Array | None, count: int) -> Array:
+    return jnp.ones(count, bool) if mask is None else mask
+
+
+def _own(mask: Array | None) -> Moments:
+    return own_moments if mask is None else moments_of_mask(mask)
+
+
+def _moments(statistics: str, support: Array, query: Array) -> Moments:
+    """The moments of the chosen images among support and query, one after the other, without padding."""
+    if statistics == "support":
+        return moments_of_mask(jnp.concatenate([support, jnp.zeros_like(query)]))
+    return moments_of_mask(jnp.concatenate([support, query]), over_tasks=statistics == "batch")
+
+
+def moments_of_mask(mask: Bool[Array, " images"], over_tasks: bool = False) -> Moments:
+    """The moments of the images that are there, a channel at a time; `over_tasks`, of all tasks mapped together."""
+    total = (lambda x: jax.lax.psum(x, TASKS)) if over_tasks else (lambda x: x)
+
+    def moments(x: Activations) -> tuple[Array, Array]:
+        weights = mask.astype(x.dtype)[:, None, None, None]
+        count = total(jnp.sum(weights)) * (x.shape[1] * x.shape[2])
+        mean = total(jnp.sum(weights * x, (0, 1, 2))) / count
+        return mean, total(jnp.sum(weights * jnp.square(x - mean), (0, 1, 2))) / count
+
+    return moments
 
 
 def require_size(name: str, image_shape: tuple[int, int, int], least: int) -> None:
