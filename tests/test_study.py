@@ -35,7 +35,7 @@ class Tiny(Study):
     def parts(self):
         return [f"part{count}" for count in self.counts]
 
-    def measure(self, part, data, earlier, say):
+    def measure(self, part, data, earlier, place):
         if part in killed_at:
             raise Killed(part)
         measured_parts.append(part)

@@ -45,7 +45,7 @@ class Checkpoint:
     After a divergence the newest one may already hold the lam that fails; resume from the one before it, by name, with
     gentler settings.
     Do not use it for models to share (write `solution.lam` with `equinox.tree_serialise_leaves`), nor from two
-    processes in one directory.
+    runs in one directory (the processes of one run share it: the first writes, all read).
 
     >>> Checkpoint("runs/seed-0", every=100, identity={"seed": 0}).path(500).name
     'step-00000500.ckpt'
@@ -120,7 +120,7 @@ class Checkpoint:
             record: what must agree with the record saved, field by field.
             name: the file's name, `None` for the newest.
 
-        Returns: the arrays, and the record saved.
+        Returns: the arrays, on one device, and the record saved.
         Raises: ValueError if there is none, if it is damaged (naming the good one before it), or if it belongs to
             another run (naming the first difference).
         """
@@ -140,9 +140,9 @@ class Checkpoint:
         expected = {"identity": dict(self.identity), **record, "leaves": _leaves(like)}
         for key, here in expected.items():
             # Through JSON and back, so that tuples compare equal to the lists they were saved as.
-            difference = _difference(key, header.get(key), json.loads(json.dumps(here)))
-            if difference is not None:
-                what, there, here = difference
+            found = difference(key, header.get(key), json.loads(json.dumps(here)))
+            if found is not None:
+                what, there, here = found
                 raise ValueError(
                     f"{file} belongs to another run: {what} is {there} there and {here} here. Resume with what it was "
                     "saved with, or start in another directory."
@@ -190,7 +190,7 @@ def _leaves(arrays: PyTree) -> dict[str, str]:
     }
 
 
-def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
+def difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
     """The first place where two JSON values differ: its name and both values."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return None if there == here else (name, repr(there), repr(here))
@@ -198,7 +198,7 @@ def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any] | None
         inner = f"{name}.{key}"
         if key not in there or key not in here:
             return inner, repr(there[key]) if key in there else "absent", repr(here[key]) if key in here else "absent"
-        found = _difference(inner, there[key], here[key])
+        found = difference(inner, there[key], here[key])
         if found is not None:
             return found
     return None
@@ -213,8 +213,7 @@ def _plain(x: Any) -> Any:
 
 
 def _restored(x: Any, like: Any) -> Any:
-    x = jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
-    return jax.device_put(x, like.sharding) if len(like.sharding.device_set) > 1 else x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
 
 
 def _sync_directory(directory: Path) -> None:

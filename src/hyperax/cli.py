@@ -99,29 +99,37 @@ def _list(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     from hyperax import experiments
+    from hyperax.experiments.devices import Devices, start
 
     name, words = _first(words, "hyperax run RECIPE (see `hyperax list`)")
-    where, config = _parse(words, f"hyperax run {name}", where=Where(), config=experiments.recipe(name))
-    out = where.out or _new_folder(name)
-    return _finish(out, lambda: experiments.run(config, out, data_dir=where.data_dir, progress=where.progress))
+    where, devices, config = _parse(
+        words, f"hyperax run {name}", where=Where(), devices=Devices(), config=experiments.recipe(name)
+    )
+    experiments.kind_of(config).check_mesh(devices.asked)
+    out, mesh = where.out or _new_folder(name), start(devices) if devices.asked else None
+    return _finish(
+        out, lambda: experiments.run(config, out, data_dir=where.data_dir, mesh=mesh, progress=where.progress), mesh
+    )
 
 
 def _resume(words: list[str]) -> int:
     from hyperax import experiments
+    from hyperax.experiments.devices import Devices, start
 
     out, words = _first(words, "hyperax resume DIR")
-    (again,) = _parse(words, "hyperax resume DIR", again=Again())
-    return _finish(
-        out,
-        lambda: experiments.resume(out, data_dir=again.data_dir, checkpoint=again.checkpoint, progress=again.progress),
-    )
+    again, devices = _parse(words, "hyperax resume DIR", again=Again(), devices=Devices())
+    experiments.kind_in(out).check_mesh(devices.asked)
+    mesh = start(devices) if devices.asked else None
+    options = {"data_dir": again.data_dir, "checkpoint": again.checkpoint, "progress": again.progress}
+    return _finish(out, lambda: experiments.resume(out, mesh=mesh, **options), mesh)
 
 
-def _finish(out: str, work: Any) -> int:
+def _finish(out: str, work: Any, mesh: Any) -> int:
     import warnings
     from pathlib import Path
 
     from hyperax.experiments import format_table
+    from hyperax.processes import processes_of
     from hyperax.stopping import DivergenceWarning
 
     try:
@@ -133,11 +141,12 @@ def _finish(out: str, work: Any) -> int:
         what = f"interrupted; go on with: hyperax resume {out}" if begun else "interrupted before the run began"
         print(f"\nhyperax: {what}", file=sys.stderr)
         return 130
-    print(format_table(summary, f"{out}/report.html"))
-    if summary["stopped"].startswith("diverged"):
-        print(f"hyperax: {summary['stopped']}", file=sys.stderr)
-        return 1
-    return 0
+    diverged = summary["stopped"].startswith("diverged")
+    if processes_of(mesh).is_first:
+        print(format_table(summary, f"{out}/report.html"))
+        if diverged:
+            print(f"hyperax: {summary['stopped']}", file=sys.stderr)
+    return 1 if diverged else 0
 
 
 def _report(words: list[str]) -> int:

@@ -17,6 +17,7 @@ from hyperax import free_variables, outer_loop
 from hyperax.checkpoint import Checkpoint
 from hyperax.outer_loop import OuterState, Program
 from hyperax.problem import Data, Lam
+from hyperax.processes import Processes, placed
 from hyperax.progress import ProgressDisplay
 from hyperax.stopping import Callback, DivergenceWarning, Progress, Validation
 
@@ -50,6 +51,7 @@ class HostLoop:
     checkpoint: Checkpoint | None
     dispatch: int
     record_every: int
+    processes: Processes = field(default_factory=Processes)
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     pending: list[dict[str, float]] = field(default_factory=list)  # the hyperiterations since the last record
@@ -64,20 +66,23 @@ class HostLoop:
     def lam(self, u: PyTree = None) -> Lam:
         """The lam of u (by default the current one) in buffers of its own, which no later dispatch takes away."""
         arrays = free_variables.constrained(self.program.sets, self.state.u if u is None else u)
+        arrays = jax.tree.map(_on_one_device, arrays)
         return eqx.combine(jax.tree.map(outer_loop.own, arrays), self.program.fixed)
 
     def until_stopped(self, display: ProgressDisplay | None) -> str:
         """Run, and say why the run ended."""
         if self.steps == 0:
             self.stopped = self._completed()
-        allowed = 1
+        # Clocks differ: processes that went by theirs would call programs of different lengths, and wait for ever.
+        timed = self.processes.count == 1
+        allowed = 1 if timed else self.dispatch
         while self.stopped is None:
             before = time.perf_counter()
             self._dispatch(min(allowed, self._next_boundary() - self.step))
             took = time.perf_counter() - before
             if took < _DISPATCH_SECONDS:
                 allowed = min(2 * allowed, self.dispatch)
-            elif took > 4 * _DISPATCH_SECONDS:
+            elif timed and took > 4 * _DISPATCH_SECONDS:
                 allowed = max(allowed // 2, 1)
             self._after_dispatch()
             if display is not None and self.history:
@@ -145,7 +150,8 @@ class HostLoop:
         record = self.history[-1]
         if self.validation is None or "score" in record:
             return
-        record["score"], record["validation"] = self.validation.score(self.lam())
+        # On every process, so that none waits long; the first one's decides, because last digits may differ.
+        record["score"], record["validation"] = self.processes.of_first(self.validation.score(self.lam()))
         if record["score"] < (float("inf") if self.best is None else self.best["score"]):  # nan is no improvement
             self.best = {"step": self.step, "score": record["score"]}
             self.best_u = jax.tree.map(outer_loop.own, self.state.u)
@@ -174,7 +180,7 @@ class HostLoop:
                 raise ValueError(
                     f"a callback returned {reason!r}; return None to go on, or a string, the reason, to stop."
                 )
-        return next((reason for reason in reasons if reason is not None), None)
+        return self.processes.of_first(next((reason for reason in reasons if reason is not None), None))
 
     def _completed(self) -> str:
         return f"completed {self.steps} hyperiterations"
@@ -215,17 +221,21 @@ class HostLoop:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         record = {name: getattr(self, name) for name in ("step", "stopped", "best", "history", "pending")}
-        checkpoint.save(self._arrays(), {"settings": self._settings(), **record})
+        arrays = self.processes.whole(self._arrays())
+        if self.processes.is_first:
+            checkpoint.save(arrays, {"settings": self._settings(), **record})
 
     def restore(self, checkpoint: Checkpoint, name: str | None) -> None:
         """Go back to a checkpoint: the newest, or the one of this name."""
-        arrays, record = checkpoint.load(self._arrays(), {"settings": self._settings()}, name)
+        like = self._arrays()
+        arrays, record = self.processes.together(lambda: checkpoint.load(like, {"settings": self._settings()}, name))
+        self.processes.agree("the step of the checkpoint", record["step"])
         if record["step"] > self.steps:
             raise ValueError(
                 f"the checkpoint is at step {record['step']}, past steps={self.steps}; raise steps, or name an earlier "
                 "file in resume."
             )
-        arrays = jax.tree.map(outer_loop.own, arrays)
+        arrays = jax.tree.map(_like, arrays, like)
         self.state, self.best_u = arrays["state"], arrays["best"]
         self.step, self.best = record["step"], record["best"]
         self.history, self.pending = record["history"], record["pending"]
@@ -237,3 +247,12 @@ class HostLoop:
             if self.pending:
                 self._record()
             self._after_dispatch()
+
+
+def _on_one_device(x: Array) -> Array | np.ndarray:
+    """What all devices hold, for a caller who knows nothing of them."""
+    return np.asarray(x) if len(x.sharding.device_set) > 1 and x.is_fully_replicated else x
+
+
+def _like(x: Array, like: Array) -> Array:
+    return outer_loop.own(placed(x, like.sharding) if len(like.sharding.device_set) > 1 else x)

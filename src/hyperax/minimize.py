@@ -20,6 +20,7 @@ from hyperax.checks import variables_of
 from hyperax.host_loop import HostLoop
 from hyperax.outer_loop import Program
 from hyperax.problem import Data, Hypergradient, Lam
+from hyperax.processes import Processes, processes_of
 from hyperax.progress import ProgressDisplay
 from hyperax.stopping import Callback, Validation
 
@@ -110,6 +111,9 @@ def minimize(
     Cost: per hyperiteration one hypergradient and one optimizer update; memory for three lams.
     A resumed run equals an uninterrupted one bit for bit on the same machine, with the same `dispatch`. An extended one
     (`steps` raised) too, except for the record at the old end if `record_every` does not divide it.
+    Where the mesh of `mean_over_tasks` has devices of several processes, each calls this with the same arguments: the
+    first one's lam, scores and reasons to stop count, it alone saves and shows, all read its checkpoints at a resume,
+    and every dispatch has the full length.
     Reference: Franceschi et al. 2018 (ICML), Alg. 1 for the hypergradient inside; eq. 5 for the problem.
     Do not use it when f_T is not smooth in lam, or for two outer variables that a grid would settle at once.
 
@@ -128,19 +132,27 @@ def minimize(
     for name, count, least in (("steps", steps, 0), ("dispatch", dispatch, 1), ("record_every", record_every, 1)):
         _check_count(name, count, least)
     _check_sampling(sample, key, hypergradient)
-    _check_resume(checkpoint, resume)
+    mesh = getattr(hypergradient, "mesh", None)
+    processes = processes_of(mesh)
+    processes.together(lambda: _check_resume(checkpoint, resume))
     arrays, fixed = eqx.partition(variables_of(lam), eqx.is_inexact_array)
     sets = free_variables.resolve(constraint, arrays)
+    arrays = processes.arrays_of_first(arrays)
 
     data = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, data)
     program = Program(
         hypergradient, optax.with_extra_args_support(optimizer), sample, sets, fixed, float(divergence_factor)
     )
     state = outer_loop.start(program, data, key, free_variables.free(sets, arrays))
-    run = HostLoop(program, data, key, state, steps, validation, callbacks, checkpoint, dispatch, record_every)
-    if checkpoint is not None and resume and (resume != "auto" or checkpoint.files()):
+    if mesh is not None:
+        program, data, key, state = outer_loop.over_devices(mesh, program, data, key, state)
+    run = HostLoop(
+        program, data, key, state, steps, validation, callbacks, checkpoint, dispatch, record_every, processes
+    )
+    if checkpoint is not None and resume and (_have_files(processes, checkpoint) or resume != "auto"):
         run.restore(checkpoint, resume if isinstance(resume, str) and resume != "auto" else None)
-    with ProgressDisplay(steps, run.step) if progress else contextlib.nullcontext() as display:
+    shown = progress and processes.is_first
+    with ProgressDisplay(steps, run.step) if shown else contextlib.nullcontext() as display:
         stopped = run.until_stopped(display)
 
     last = run.lam()
@@ -155,6 +167,12 @@ def minimize(
         steps=run.step,
         carry=run.state.carry,
     )
+
+
+def _have_files(processes: Processes, checkpoint: Checkpoint) -> bool:
+    names = [file.name for file in checkpoint.files()]
+    processes.agree("the list of checkpoints", names)
+    return bool(names)
 
 
 def _check(hypergradient: Any, optimizer: Any, validation: Any, callbacks: tuple) -> None:

@@ -9,10 +9,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hyperax import free_variables
 from hyperax.problem import Data, Hypergradient, Lam
+from hyperax.processes import placed
+from hyperax.tasks import split_tasks
 
 HEALTHY, VALUE, GRADIENT, GROWTH, UPDATE = range(5)
 """What stopped the loop: nothing; a non-finite value or gradient; a value grown too far; a non-finite new lam."""
@@ -82,6 +85,26 @@ def _initial(program: Program, data: Data, key: Array | None, u: PyTree) -> tupl
     init = getattr(program.hypergradient, "init", None)  # a plain function remembers nothing
     carry = () if init is None else init(program.lam(u), program.task(data, key, 0))
     return program.optimizer.init(u), carry
+
+
+def over_devices(
+    mesh: Mesh, program: Program, data: Data, key: Array | None, state: OuterState
+) -> tuple[Program, Data, Array | None, OuterState]:
+    """All arrays on the devices of a mesh: what has a task axis is shared out, all else is on each of them.
+
+    In its place from the beginning, because the second dispatch would compile again for arrays that moved in the first.
+    """
+    everywhere, over_tasks = PartitionSpec(), PartitionSpec(mesh.axis_names[0])
+
+    def on(spec: PartitionSpec, tree: Any) -> Any:
+        return jax.tree.map(lambda x: placed(x, NamedSharding(mesh, spec)) if eqx.is_array(x) else x, tree)
+
+    if program.sample is None:
+        tasks, rest = split_tasks(data)
+        data = eqx.combine(on(over_tasks, tasks), on(everywhere, rest))
+    carry = on(over_tasks, state.carry)
+    rest = on(everywhere, state._replace(carry=()))
+    return on(everywhere, program), on(everywhere, data), on(everywhere, key), rest._replace(carry=carry)
 
 
 def own(x: Any) -> Array:

@@ -56,6 +56,16 @@ class Kind:
     """(summary, path of the report) -> lines for a terminal."""
     published: Callable[[Any], str]
     """config -> the published number in words, or nothing."""
+    takes_mesh: bool = False
+    """Whether `run` and `resume` have an option `mesh`, devices to share tasks over."""
+
+    def check_mesh(self, asked: bool) -> None:
+        """Raise `ValueError` if several devices are asked for and the kind has no use for them."""
+        if asked and not self.takes_mesh:
+            raise ValueError(
+                f"runs of {self.config.__name__} have no mini-batch of tasks to share over devices: leave out --mesh "
+                "and --coordinator"
+            )
 
 
 def _published_accuracy(config: FewShotConfig) -> str:
@@ -67,7 +77,13 @@ _FEW_SHOT = "few-shot"
 
 KINDS: dict[str, Kind] = {
     _FEW_SHOT: Kind(
-        FewShotConfig, few_shot.run, few_shot.resume, report.write_report, report.format_table, _published_accuracy
+        FewShotConfig,
+        few_shot.run,
+        few_shot.resume,
+        report.write_report,
+        report.format_table,
+        _published_accuracy,
+        takes_mesh=True,
     ),
     EffectOfTConfig.kind: Kind(
         EffectOfTConfig,
@@ -85,6 +101,7 @@ KINDS: dict[str, Kind] = {
         partial(study.write_report, kind),
         study.format_table,
         lambda config: config.published(),
+        kind.takes_mesh,
     )
     for kind in STUDIES  # what they need beside their class is the same for all
 }
@@ -99,7 +116,8 @@ def kind_of(config: Any) -> Kind:
     raise ValueError(f"{type(config).__name__} is not a configuration: use recipe(name, field=value)")
 
 
-def _kind_in(folder: str | Path) -> Kind:
+def kind_in(folder: str | Path) -> Kind:
+    """The kind of the run in a folder; that of a few-shot run where it cannot be read."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
@@ -120,7 +138,8 @@ def run(config: Any, out: str | Path, **options: Any) -> dict[str, Any]:
     Arguments:
         config: a recipe, `recipe(name, field=value)`, or your own.
         out: a folder that is empty or does not exist.
-        options: of the kind's own run: `data_dir`, `progress`; for few-shot runs also `make_network`, `optimizer`.
+        options: of the kind's own run: `data_dir`, `progress`; where tasks can be shared over devices also `mesh`
+            (`hyperax.experiments.devices.start`); for few-shot runs also `make_network`, `optimizer`.
 
     Returns: what `summary.json` holds.
     Raises: `ValueError` for a folder in use, or data that do not fit; before any long work.
@@ -128,7 +147,8 @@ def run(config: Any, out: str | Path, **options: Any) -> dict[str, Any]:
     >>> run(recipe("glyphs-5way-1shot", seed=1), "runs/glyphs")["test"]["episodes"]  # doctest: +SKIP
     600
     """
-    return kind_of(config).run(config, out, **options)
+    kind = kind_of(config)
+    return kind.run(config, out, **_of_kind(kind, options))
 
 
 def resume(out: str | Path, **options: Any) -> dict[str, Any]:
@@ -136,7 +156,7 @@ def resume(out: str | Path, **options: Any) -> dict[str, Any]:
 
     Arguments:
         out: the run's folder.
-        options: of the kind's own resume: `data_dir`, `checkpoint`, `progress`; for few-shot runs also those of `run`.
+        options: of the kind's own resume: `data_dir`, `checkpoint`, `progress`; and those of `run`.
 
     Returns: what `summary.json` holds.
     Raises: `ValueError` for a folder that holds no run, or other data than the run began with.
@@ -144,7 +164,14 @@ def resume(out: str | Path, **options: Any) -> dict[str, Any]:
     >>> resume("runs/glyphs", checkpoint="step-00000200.ckpt")["stopped"]  # doctest: +SKIP
     'completed 300 hyperiterations'
     """
-    return _kind_in(out).resume(out, **options)
+    kind = kind_in(out)
+    return kind.resume(out, **_of_kind(kind, options))
+
+
+def _of_kind(kind: Kind, options: dict[str, Any]) -> dict[str, Any]:
+    """The options without a mesh that is none, which kinds without tasks do not know."""
+    kind.check_mesh(options.get("mesh") is not None)
+    return {name: x for name, x in options.items() if (name, x) != ("mesh", None)}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -159,7 +186,7 @@ def write_report(folder: str | Path) -> Path:
     >>> write_report("runs/glyphs").name  # doctest: +SKIP
     'report.html'
     """
-    return _kind_in(folder).write_report(folder)
+    return kind_in(folder).write_report(folder)
 
 
 def format_table(summary: dict[str, Any], report: str | Path | None = None) -> str:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from hyperax.checkpoint import Checkpoint
 from hyperax.checks import variables_of
@@ -32,6 +33,7 @@ from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
 from hyperax.fewshot.networks import Network
 from hyperax.methods import Reverse
 from hyperax.minimize import Solution, minimize
+from hyperax.processes import processes_of
 from hyperax.stopping import Validation
 from hyperax.tasks import mean_over_tasks
 
@@ -43,6 +45,7 @@ def run(
     data_dir: str | None = None,
     make_network: MakeNetwork | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Run a configuration in a new folder and return its summary.
@@ -54,6 +57,9 @@ def run(
         make_network: (image shape, key) -> your own representation, in place of the recipe's; give it again to
             `resume`.
         optimizer: any optax transformation in place of Adam with the recipe's schedule; likewise.
+        mesh: devices to share the episodes of a hyperiteration over, from `hyperax.experiments.devices.start`; their
+            number divides `tasks`, and `parallel` counts the episodes of one. Of several processes the first writes the
+            folder; all read the images. `None`: one device.
         progress: say where the files are, and show a live bar.
 
     Returns: what `summary.json` holds.
@@ -66,12 +72,20 @@ def run(
     >>> run(recipe("glyphs-5way-1shot", seed=1), "runs/glyphs")["test"]["episodes"]  # doctest: +SKIP
     600
     """
-    RunFolder(out).require_unused()
-    dataset = load_dataset(config, data_dir)
-    network = build_network(config, dataset.train.image_shape, make_network)
-    variables_of(config.training_learner.lam(network))  # refuses leaves that have no hypergradient
-    folder = RunFolder.create(out, config, data_dir)
-    return _run(config, folder, dataset, network, optimizer, resume="auto", progress=progress)
+    processes = processes_of(mesh)
+
+    def prepare() -> tuple[MetaDataset, Network]:
+        RunFolder(out, processes.is_first).require_unused()
+        _check_mesh(config, mesh)
+        dataset = load_dataset(config, data_dir)
+        network = build_network(config, dataset.train.image_shape, make_network)
+        variables_of(config.training_learner.lam(network))  # refuses leaves that have no hypergradient
+        return dataset, network
+
+    dataset, network = processes.together(prepare)
+    processes.agree("the run", _identity(config, dataset))
+    folder = processes.together(lambda: RunFolder.create(out, config, data_dir, processes.is_first))
+    return _run(config, folder, dataset, network, optimizer, mesh, resume="auto", progress=progress)
 
 
 def resume(
@@ -81,6 +95,7 @@ def resume(
     checkpoint: str | None = None,
     make_network: MakeNetwork | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Go on with the run in a folder, from its newest checkpoint or from the named one, and return its summary.
@@ -92,6 +107,7 @@ def resume(
         data_dir: where the images are; by default where they were when the run began.
         checkpoint: a file of the run's `checkpoints/`; by default the newest.
         make_network, optimizer: those given to `run`.
+        mesh: as in `run`, the same or another (which changes last digits); all processes read the run's folder.
         progress: say where the files are, and show a live bar.
 
     Returns: what `summary.json` holds.
@@ -103,12 +119,19 @@ def resume(
     >>> resume("runs/glyphs", checkpoint="step-00000200.ckpt")["stopped"]  # doctest: +SKIP
     'completed 300 hyperiterations'
     """
-    folder, config = RunFolder.open(out)
-    name = "auto" if checkpoint is None else folder.checkpoint(checkpoint)
-    dataset = load_dataset(config, data_dir or folder.data_dir())
-    network = build_network(config, dataset.train.image_shape, make_network)
+    processes = processes_of(mesh)
+
+    def prepare() -> tuple[RunFolder, FewShotConfig, str, MetaDataset, Network]:
+        folder, config = RunFolder.open(out, writes=processes.is_first)
+        _check_mesh(config, mesh)
+        name = "auto" if checkpoint is None else folder.checkpoint(checkpoint)
+        dataset = load_dataset(config, data_dir or folder.data_dir())
+        return folder, config, name, dataset, build_network(config, dataset.train.image_shape, make_network)
+
+    folder, config, name, dataset, network = processes.together(prepare)
+    processes.agree("the run", _identity(config, dataset) | {"checkpoint": name})
     with folder.advice_as_commands():
-        return _run(config, folder, dataset, network, optimizer, resume=name, progress=progress)
+        return _run(config, folder, dataset, network, optimizer, mesh, resume=name, progress=progress)
 
 
 def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeNetwork | None = None) -> Any:
@@ -140,18 +163,42 @@ def load(out: str | Path, image_shape: tuple[int, int, int], make_network: MakeN
         ) from error
 
 
+def _check_mesh(config: FewShotConfig, mesh: Mesh | None) -> None:
+    devices = 1 if mesh is None else mesh.size
+    if config.tasks % devices:
+        raise ValueError(
+            f"the {config.tasks} tasks of a hyperiteration cannot be shared by {devices} devices: use a multiple, such "
+            f"as --tasks {devices * max(1, round(config.tasks / devices))}, or another --mesh"
+        )
+    if config.parallel is not None and (config.tasks // devices) % min(config.parallel, config.tasks // devices):
+        raise ValueError(
+            f"{config.tasks // devices} tasks a device cannot be run {config.parallel} at a time: let --parallel "
+            "divide them"
+        )
+    if devices > 1 and config.statistics == "batch":
+        raise ValueError(
+            "statistics of the whole mini-batch would be those of one device's share: leave --mesh out, or use other "
+            "--statistics"
+        )
+
+
+def _identity(config: FewShotConfig, dataset: MetaDataset) -> dict[str, Any]:
+    return {"config": config.to_json(), "data": dataset.provenance.get("arrays")}
+
+
 def _run(
     config: FewShotConfig,
     folder: RunFolder,
     dataset: MetaDataset,
     network: Network,
     optimizer: optax.GradientTransformation | None,
+    mesh: Mesh | None,
     *,
     resume: str,
     progress: bool,
 ) -> dict[str, Any]:
     begin = time.perf_counter()
-    if progress:
+    if progress and folder.writes:
         print(f"run folder: {folder.path}", file=sys.stderr, flush=True)
     # Now, because files may change while a long run is on.
     where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
@@ -169,13 +216,13 @@ def _run(
         scores = {"accuracy": at_best["accuracy"], "ci95": at_best["ci95"], "steps": best + 1} | more
         return 1 - at_best["accuracy"], scores
 
-    parallel = config.parallel or (
+    parallel = config.parallel or (  # of one device
         1 if jax.default_backend() == "cpu" and config.statistics != "batch" else config.tasks
     )
     training = config.training_episodes
     folder.begin_session()
     solution = minimize(
-        mean_over_tasks(learner.hypergradient(Reverse(config.inner_steps)), parallel=parallel),
+        mean_over_tasks(learner.hypergradient(Reverse(config.inner_steps)), parallel=parallel, mesh=mesh),
         learner.lam(network),
         data=train,
         sample=lambda key, classes: training.sample_many(key, classes, config.tasks),
@@ -188,7 +235,7 @@ def _run(
         checkpoint=Checkpoint(
             folder.checkpoints,
             every=config.checkpoint_every,
-            identity={"config": config.to_json(), "data": dataset.provenance.get("arrays")},
+            identity=_identity(config, dataset),
         ),
         resume=resume,
         dispatch=config.dispatch,
@@ -198,7 +245,8 @@ def _run(
     folder.write_records(solution.history)
     folder.write_representation(solution.lam)
     pairs = nearest_and_farthest(solution.lam["network"], _on_device(dataset.test), config.key("pairs"))
-    np.savez_compressed(folder.path / "pairs.npz", **pairs)  # pyright: ignore[reportArgumentType]
+    if folder.writes:
+        np.savez_compressed(folder.path / "pairs.npz", **pairs)  # pyright: ignore[reportArgumentType]
     summary = _measure(config, dataset, network, solution, validation)
     summary["network"] = {
         "type": type(network).__name__,
@@ -206,12 +254,14 @@ def _run(
     }
     summary["optimizer"] = "Adam with the schedule of the configuration" if optimizer is None else "given in Python"
     summary |= where
+    summary["devices"] = {"tasks_over": 1 if mesh is None else mesh.size, "processes": processes_of(mesh).count}
     summary["timing"] = {
         "seconds": round(folder.seconds(time.perf_counter() - begin), 1),
         "hyperiterations_per_second": _rate(solution),
     }
     folder.write_json("summary.json", summary)
-    write_report(folder.path)
+    if folder.writes:
+        write_report(folder.path)
     return summary
 
 

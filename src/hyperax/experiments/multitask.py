@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from hyperax.experiments.figures import BLUE, INK, new_figure, style
-from hyperax.experiments.study import Opened, Part, Say, Shown, Study
+from hyperax.experiments.study import Opened, Part, Place, Shown, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,7 +175,7 @@ class MultitaskSchools(Study):
         """One for each split."""
         return [f"split-{number}" for number in range(self.splits)]
 
-    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], say: Say) -> Part:
+    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], place: Place) -> Part:
         """R^2 of all models on one split, and the similarities that were learned."""
         from hyperax.estimators.multitask import MultitaskRidge
 

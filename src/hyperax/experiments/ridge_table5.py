@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from hyperax.constraints import Box, Projected
 from hyperax.dynamics import GradientDescent
 from hyperax.experiments.figures import BLUE, INK, RED, new_figure, style
-from hyperax.experiments.study import Opened, Part, Say, Shown, Study, interval, plus_minus
+from hyperax.experiments.study import Opened, Part, Place, Shown, Study, interval, plus_minus
 from hyperax.methods import ClosedForm, Doubling, Reverse
 from hyperax.methods.hypergradient import HypergradientFunction, hypergradient
 from hyperax.minimize import minimize
@@ -178,7 +178,7 @@ class RidgeTable5(Study):
         """One for each T, and the exact solution."""
         return [f"T{T}" for T in self.step_counts] + [EXACT]
 
-    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], say: Say) -> Part:
+    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], place: Place) -> Part:
         """Optimize lam on every draw and measure the errors at the end."""
         with float64():
             draws = Draws(jnp.asarray(data[0]), jnp.asarray(data[1]))

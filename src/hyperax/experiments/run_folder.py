@@ -36,22 +36,27 @@ class RunFolder:
     Records follow the checkpoints: after a resume they are rewritten from the history that the checkpoint holds, so a
     line that a kill cut in two, or that later steps would contradict, does not survive. Times depend on the machine
     and go to a file of their own, and so does the place of the images, which is no part of what a run is.
+
+    Of several processes that compute a run together only the first `writes`; in the others nothing is written and no
+    folder is asked for.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, writes: bool = True):
         self.path = Path(path)
+        self.writes = writes
         self.checkpoints = self.path / "checkpoints"
         self.representation = self.path / "representation.eqx"
         self._records_written = -1
         self._seconds_before = 0.0
 
     @classmethod
-    def create(cls, path: str | Path, config: HasJson, data_dir: str | None = None) -> RunFolder:
+    def create(cls, path: str | Path, config: HasJson, data_dir: str | None = None, writes: bool = True) -> RunFolder:
         """A new run, on images in `data_dir`, in an empty or missing folder."""
-        folder = cls(path)
+        folder = cls(path, writes)
         folder.require_unused()
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
+            if writes:
+                folder.path.mkdir(parents=True, exist_ok=True)
             folder.write_json("config.json", config.to_json())
             folder.write_json("where.json", {"data_dir": str(named_folder(data_dir)) if data_dir else None})
         except OSError as error:
@@ -60,7 +65,7 @@ class RunFolder:
 
     def require_unused(self) -> None:
         """Raise `ValueError` unless the folder is empty or missing."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: --out names a folder that is empty or does not exist")
@@ -74,10 +79,10 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: str | Path, from_json: Callable[[dict[str, Any]], Config] = config_from_json
+        cls, path: str | Path, from_json: Callable[[dict[str, Any]], Config] = config_from_json, writes: bool = True
     ) -> tuple[RunFolder, Config]:
         """An existing run and its configuration, read as that of a few-shot run or of another kind."""
-        folder = cls(path)
+        folder = cls(path, writes)
         try:
             config = json.loads((folder.path / "config.json").read_text())
         except OSError:
@@ -126,6 +131,8 @@ class RunFolder:
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Replace `arrays/NAME.npz` by these arrays, in one move."""
+        if not self.writes:
+            return
         folder = self.path / "arrays"
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{name}.npz.new"
@@ -146,6 +153,8 @@ class RunFolder:
 
     def write_representation(self, lam: Any) -> None:
         """Replace `representation.eqx` by this lam, in one move."""
+        if not self.writes:
+            return
         temporary = self.path / ".representation.eqx.new"
         with temporary.open("wb") as file:
             eqx.tree_serialise_leaves(file, lam)
@@ -181,6 +190,8 @@ class RunFolder:
         self._records_written = len(history)
 
     def _append(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        if not self.writes:
+            return
         with (self.path / name).open("a") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
@@ -200,6 +211,8 @@ class RunFolder:
         return lines
 
     def _replace(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         temporary = self.path / f".{name}.new"
         temporary.write_text(text)
         os.replace(temporary, self.path / name)

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from hyperax.experiments.figures import BLUE, GREEN, RED, legend, new_figure, style
 from hyperax.experiments.mnist import Digits, load_mnist
 from hyperax.experiments.schedules import CONSTANT, COSINE, LARGEST_STEP, LEARNED, Schedule, schedules
-from hyperax.experiments.study import Opened, Part, Say, Shown, Study, plus_minus
+from hyperax.experiments.study import Opened, Part, Place, Shown, Study, plus_minus
 from hyperax.rollout import check_steps
 
 _COLORS = {CONSTANT: BLUE, COSINE: GREEN, LEARNED: RED}
@@ -95,13 +95,13 @@ class SchedulesMnist(Study):
         """The three schedules."""
         return CONSTANT, COSINE, LEARNED
 
-    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], say: Say) -> Part:
+    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], place: Place) -> Part:
         """The search for one schedule, and its test runs."""
         search, test = jax.random.split(jax.random.key(self.seed))
         schedule, begin = Schedule(self, part, data, search), time.perf_counter()
         found, records = schedule.learned() if part == LEARNED else schedule.grid()
         end = {"stage": "end", "seconds": round(time.perf_counter() - begin, 2), **found}
-        say(f"  validation loss {end['validation']:.4f}")
+        place.say(f"  validation loss {end['validation']:.4f}")
         return Part([*records, end, *schedule.test(end["hyperparameters"], test)])
 
     def summarise(self, measured: Mapping[str, Part]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hyperax.experiments.comparison import COMPARISONS
 from hyperax.experiments.data_cleaning import DataCleaning
 from hyperax.experiments.multitask import MultitaskSchools
 from hyperax.experiments.newsgroups import Newsgroups
@@ -15,5 +16,6 @@ STUDIES: tuple[type[Study], ...] = (
     Newsgroups,
     SchedulesMnist,
     MultitaskSchools,
+    *COMPARISONS,
 )
 """Their classes; each, without arguments, is a recipe."""

@@ -17,12 +17,32 @@ import numpy as np
 from hyperax.experiments import environment, report
 from hyperax.experiments.figures import save
 from hyperax.experiments.run_folder import RunFolder
+from hyperax.processes import processes_of
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from matplotlib.figure import Figure
 
-Say = Callable[[str], None]
-"""Tells a person, at a terminal, how far the part is."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part is measured.
+
+    Fields:
+        say: tells a person, at a terminal, how far the part is.
+        folder: for what a part keeps until it is finished (checkpoints) or for good (weights), a folder of its own
+            that may not exist yet; the same after a resume.
+        mesh: devices to share the tasks over; `None`: one device.
+        progress: whether a live bar may be shown.
+        writes: whether this process writes to the folder; of several the first does.
+    """
+
+    say: Callable[[str], None]
+    folder: Path
+    mesh: Mesh | None = None
+    progress: bool = False
+    writes: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,8 @@ class Study(abc.ABC):
 
     kind: ClassVar[str]
     """Its name in `config.json`."""
+    takes_mesh: ClassVar[bool] = False
+    """Whether its tasks can be shared over devices."""
 
     recipe: str = ""
     """Name of the recipe this configuration comes from."""
@@ -83,7 +105,7 @@ class Study(abc.ABC):
         """The names of the parts, in their order: file names."""
 
     @abc.abstractmethod
-    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], say: Say) -> Part:
+    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], place: Place) -> Part:
         """Measure one part; `earlier` has those before it."""
 
     @abc.abstractmethod
@@ -100,6 +122,11 @@ class Study(abc.ABC):
     def published(self) -> str:
         """The published number in words, or nothing."""
         return ""
+
+    def check_devices(self, count: int) -> None:
+        """Raise `ValueError` if its tasks cannot be shared by so many devices."""
+        if count > 1 and not self.takes_mesh:
+            raise ValueError(f"a run of the kind {self.kind} has no tasks to share over devices: leave the mesh out")
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
@@ -118,23 +145,38 @@ class Study(abc.ABC):
             raise ValueError(f"this is not the configuration of a {cls.kind} of this version: {error}") from error
 
 
-def run(config: Study, out: str | Path, *, data_dir: str | None = None, progress: bool = False) -> dict[str, Any]:
+def run(
+    config: Study,
+    out: str | Path,
+    *,
+    data_dir: str | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
     """Run a study in a new folder and return its summary.
 
     Arguments:
         config: a recipe, with some fields changed or not.
         out: a folder that is empty or does not exist.
         data_dir: where the data are; else the environment variable HYPERAX_DATA.
+        mesh: devices to share the tasks over, of a study that has tasks; `None`: one device.
         progress: say which part is being measured.
 
     Returns: what `summary.json` holds.
     Raises: `ValueError` for a folder in use or missing data; before any work and before the folder is made.
     """
-    RunFolder(out).require_unused()
-    opened = config.open(data_dir)
-    folder = RunFolder.create(out, config, data_dir)
+    processes = processes_of(mesh)
+    config.check_devices(1 if mesh is None else mesh.size)
+
+    def prepare() -> Opened:
+        RunFolder(out, processes.is_first).require_unused()
+        return config.open(data_dir)
+
+    opened = processes.together(prepare)
+    processes.agree("the run", {"config": config.to_json(), "data": opened.provenance})
+    folder = processes.together(lambda: RunFolder.create(out, config, data_dir, processes.is_first))
     folder.write_json("source.json", opened.provenance)
-    return _run(config, folder, opened, progress)
+    return _run(config, folder, opened, mesh, progress)
 
 
 def resume(
@@ -143,24 +185,39 @@ def resume(
     *,
     data_dir: str | None = None,
     checkpoint: str | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Go on with an interrupted run and return its summary: finished parts are kept, the one begun starts again.
+    """Go on with an interrupted run and return its summary: finished parts are kept, the one begun starts again, from
+    its own checkpoint if it has one.
 
     Arguments:
         kind: the class of the configuration.
         out: the run's folder.
         data_dir: where the data are; by default where they were when the run began.
-        checkpoint: to be left out, because parts have none.
-        progress: as in `run`.
+        checkpoint: to be left out, because a run of parts has no single one.
+        mesh, progress: as in `run`.
 
     Returns: what `summary.json` holds.
     Raises: `ValueError` for other data than the run began with.
     """
     if checkpoint is not None:
         raise ValueError("a run of this kind has no checkpoints, it keeps finished parts: resume without --checkpoint")
-    folder, config = RunFolder.open(out, kind.from_json)
-    opened = config.open(data_dir or folder.data_dir())
+    processes = processes_of(mesh)
+
+    def prepare() -> tuple[RunFolder, Any, Opened]:
+        folder, config = RunFolder.open(out, kind.from_json, processes.is_first)
+        config.check_devices(1 if mesh is None else mesh.size)
+        opened = config.open(data_dir or folder.data_dir())
+        _check_source(folder, opened)
+        return folder, config, opened
+
+    folder, config, opened = processes.together(prepare)
+    processes.agree("the run", {"config": config.to_json(), "parts": folder.lines("parts.jsonl")})
+    return _run(config, folder, opened, mesh, progress)
+
+
+def _check_source(folder: RunFolder, opened: Opened) -> None:
     try:
         source = folder.read_json("source.json")
     except ValueError as error:
@@ -170,23 +227,24 @@ def resume(
             f"the data are not those that {folder.path} began with (source.json): give --data-dir, or start the run "
             "again in another folder"
         )
-    return _run(config, folder, opened, progress)
 
 
-def _run(config: Study, folder: RunFolder, opened: Opened, progress: bool) -> dict[str, Any]:
+def _run(config: Study, folder: RunFolder, opened: Opened, mesh: Mesh | None, progress: bool) -> dict[str, Any]:
     begin = time.perf_counter()
-    say = lambda words: print(words, file=sys.stderr, flush=True) if progress else None
+    shown = progress and folder.writes
+    say = lambda words: print(words, file=sys.stderr, flush=True) if shown else None
     say(f"run folder: {folder.path}")
     where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
-    folder.begin_session()
     measured, ended = _measured(config, folder)
+    folder.begin_session()
     names = config.parts()
     for at, name in enumerate(names):
         if name in measured:
             continue
         say(f"part {at + 1} of {len(names)}: {name}")
         start = time.perf_counter()
-        part = config.measure(name, opened.data, measured, say)
+        place = Place(say, folder.path / "parts" / name, mesh, shown, folder.writes)
+        part = config.measure(name, opened.data, measured, place)
         kept = {"records": len(part.records), "arrays": len(part.arrays)}
         ended.append({"part": name, "seconds": round(time.perf_counter() - start, 3), **kept, **_memory()})
         measured[name] = Part([{"part": name, **record} for record in part.records], part.arrays)
@@ -198,9 +256,12 @@ def _run(config: Study, folder: RunFolder, opened: Opened, progress: bool) -> di
     summary = {"kind": config.kind, "recipe": config.recipe, "title": config.title, "seed": config.seed}
     summary |= config.summarise(measured)
     summary |= {"stopped": f"completed {len(names)} parts", "source": opened.provenance, **where}
+    if mesh is not None:
+        summary["devices"] = {"tasks_over": mesh.size, "processes": processes_of(mesh).count}
     summary["timing"] = {"parts": ended, "seconds": round(folder.seconds(time.perf_counter() - begin), 1)}
     folder.write_json("summary.json", summary)
-    write_report(type(config), folder.path)
+    if folder.writes:
+        write_report(type(config), folder.path)
     return summary
 
 

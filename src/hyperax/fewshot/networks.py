@@ -28,6 +28,35 @@ Network = Callable[[Activations, Moments], Features]
 """A representation: (images in [0, 1], where batch normalisation takes its statistics) -> features."""
 
 
+def stages_of(network: Any) -> tuple[Any, ...]:
+    """The parts of a network that follow each other, each (activations, moments) -> activations.
+
+    A network says them by a property `stages`, modules made of its own leaves; one without it is a single stage. Of a
+    tree like the network, such as a mask for each leaf, they are the same parts of that tree.
+    """
+    return getattr(network, "stages", (network,))
+
+
+def through(stages: tuple[Any, ...], images: Activations, moments: Moments = own_moments) -> Activations:
+    """The activations after some stages."""
+    for stage in stages:
+        images = stage(images, moments)
+    return images
+
+
+class Stage(eqx.Module):
+    """Convolution, batch normalisation, ReLU, and with `pooled` 2 x 2 max-pooling."""
+
+    convolution: Convolution
+    normalisation: BatchNorm
+    pooled: bool = eqx.field(static=True)
+
+    def __call__(self, images: Activations, moments: Moments) -> Activations:
+        """[images, height, width, inputs] -> [images, smaller height, smaller width, filters]."""
+        activations = jax.nn.relu(self.normalisation(self.convolution(images), moments))
+        return max_pool(activations) if self.pooled else activations
+
+
 class OmniglotNet(eqx.Module):
     """Four strided 3x3 convolutions of 64 filters, each with batch normalisation and ReLU: 28-14-7-4-2, 256 features.
 
@@ -55,9 +84,12 @@ class OmniglotNet(eqx.Module):
 
     def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
         """[images, height, width, channels] in [0, 1] -> [images, 4 filters at 28 x 28]."""
-        for convolution, normalisation in zip(self.convolutions, self.normalisations, strict=True):
-            images = jax.nn.relu(normalisation(convolution(images), moments))
-        return images.reshape(images.shape[0], -1)
+        return through(self.stages, images, moments).reshape(images.shape[0], -1)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The four layers."""
+        return tuple(Stage(*layer, pooled=False) for layer in zip(self.convolutions, self.normalisations, strict=True))
 
 
 class C4L(eqx.Module):
@@ -87,9 +119,12 @@ class C4L(eqx.Module):
 
     def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
         """[images, height, width, channels] in [0, 1] -> [images, 25 filters at 84 x 84]."""
-        for convolution, normalisation in zip(self.convolutions, self.normalisations, strict=True):
-            images = max_pool(jax.nn.relu(normalisation(convolution(images), moments)))
-        return images.reshape(images.shape[0], -1)
+        return through(self.stages, images, moments).reshape(images.shape[0], -1)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The four layers."""
+        return tuple(Stage(*layer, pooled=True) for layer in zip(self.convolutions, self.normalisations, strict=True))
 
 
 class ResidualBlock(eqx.Module):
@@ -112,6 +147,18 @@ class ResidualBlock(eqx.Module):
         for convolution, normalisation in zip(self.convolutions, self.normalisations, strict=True):
             y = jax.nn.leaky_relu(normalisation(convolution(y), moments), 0.1)
         return max_pool(y + self.skip(x), same=True)
+
+
+class WidenAndNarrow(eqx.Module):
+    """The end of `ResidualNet`: 1x1 convolution, ReLU, the mean over the image, 1x1 convolution, ReLU."""
+
+    widen: Convolution
+    narrow: Convolution
+
+    def __call__(self, images: Activations, moments: Moments) -> Activations:
+        """[images, height, width, inputs] -> [images, 1, 1, features]; nothing is normalised here."""
+        pooled = jnp.mean(jax.nn.relu(self.widen(images)), axis=(1, 2), keepdims=True)
+        return jax.nn.relu(self.narrow(pooled))
 
 
 class ResidualNet(eqx.Module):
@@ -146,10 +193,12 @@ class ResidualNet(eqx.Module):
 
     def __call__(self, images: Activations, moments: Moments = own_moments) -> Features:
         """[images, height, width, channels] in [0, 1] -> [images, 512]."""
-        for block in self.blocks:
-            images = block(images, moments)
-        pooled = jnp.mean(jax.nn.relu(self.widen(images)), axis=(1, 2), keepdims=True)
-        return jax.nn.relu(self.narrow(pooled))[:, 0, 0]
+        return through(self.stages, images, moments).reshape(images.shape[0], -1)
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """The four blocks, and the 1x1 convolutions after them."""
+        return (*self.blocks, WidenAndNarrow(self.widen, self.narrow))
 
 
 class PerImage(eqx.Module):
@@ -209,7 +258,7 @@ def encode(
     ((5, 16), (10, 16))
     """
     if statistics == "set":
-        return network(support, _own(support_mask)), network(query, _own(query_mask))
+        return network(support, moments_of_set(support_mask)), network(query, moments_of_set(query_mask))
     count = support.shape[0]
     if statistics not in ("support", "episode", "batch"):
         raise ValueError(f"unknown statistics {statistics!r}: use 'set', 'support', 'episode' or 'batch'")
@@ -226,7 +275,8 @@ def _filled(mask: Array | None, count: int) -> Array:
     return jnp.ones(count, bool) if mask is None else mask
 
 
-def _own(mask: Array | None) -> Moments:
+def moments_of_set(mask: Bool[Array, " images"] | None) -> Moments:
+    """The moments of one set of images, of those that are there."""
     return own_moments if mask is None else moments_of_mask(mask)
 
 

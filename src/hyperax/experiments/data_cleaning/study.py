@@ -11,7 +11,7 @@ import numpy as np
 from hyperax.experiments.data_cleaning import figures
 from hyperax.experiments.data_cleaning.measuring import PENALTIES, cleaned, draw, final_model
 from hyperax.experiments.mnist import load_mnist
-from hyperax.experiments.study import Opened, Part, Say, Shown, Study, plus_minus
+from hyperax.experiments.study import Opened, Part, Place, Shown, Study, plus_minus
 
 ALL, CLEAN, NONE = "all, wrong labels too", "right half (oracle)", "none: validation only"
 SHOWN = 40
@@ -77,7 +77,7 @@ class DataCleaning(Study):
         """One a draw."""
         return [f"draw-{i}" for i in range(self.draws)]
 
-    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], say: Say) -> Part:
+    def measure(self, part: str, data: Any, earlier: Mapping[str, Part], place: Place) -> Part:
         """The models without cleaning, then the weights and the cleaned model at each R."""
         number = int(part.removeprefix("draw-"))
         drawn = draw(data, self.seed + number, self.train, self.validation, self.test, self.wrong_share)
@@ -93,7 +93,7 @@ class DataCleaning(Study):
                 hyperiterations=self.hyperiterations,
                 step_size=self.step_size,
             )
-            say(f"  R = {budget}: F1 {found.result['f1']:.3f}, {found.result['suspects']} suspects")
+            place.say(f"  R = {budget}: F1 {found.result['f1']:.3f}, {found.result['suspects']} suspects")
             records += [{"row": "cleaned", **found.result}, *found.curve]
             first = found.order[:SHOWN]
             side = round(drawn.x.shape[1] ** 0.5)

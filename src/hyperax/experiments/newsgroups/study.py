@@ -19,7 +19,7 @@ import optax
 from hyperax.experiments.figures import BLUE, GREY, INK, RED, legend, new_figure, style
 from hyperax.experiments.newsgroups.corpus import Corpus, read_corpus
 from hyperax.experiments.newsgroups.problem import HYPERGRADIENT, split_of, trained
-from hyperax.experiments.study import Opened, Part, Say, Shown, Study
+from hyperax.experiments.study import Opened, Part, Place, Shown, Study
 from hyperax.minimize import minimize
 from hyperax.rollout import check_steps
 
@@ -88,10 +88,10 @@ class Newsgroups(Study):
         """Ours first: the memory that is noted is the most of the process so far."""
         return ONE, EACH, GRID
 
-    def measure(self, part: str, data: Corpus, earlier: Mapping[str, Part], say: Say) -> Part:
+    def measure(self, part: str, data: Corpus, earlier: Mapping[str, Part], place: Place) -> Part:
         """Tune, train on all documents, test."""
         begin, used = time.perf_counter(), time.process_time()
-        model, record, arrays = self._grid(data) if part == GRID else self._by_hypergradient(part, data, say)
+        model, record, arrays = self._grid(data) if part == GRID else self._by_hypergradient(part, data, place)
         record |= {
             "seconds": round(time.perf_counter() - begin, 2),
             "processor_seconds": round(time.process_time() - used, 2),
@@ -102,10 +102,10 @@ class Newsgroups(Study):
             "test_accuracy": float(np.mean(chosen == data.test.y)),
             "test_loss": float(-np.mean(log_p[np.arange(len(chosen)), data.test.y])),
         }
-        say(f"  {record['seconds']:.0f} s, validation loss {record['validation_loss']:.4f}")
+        place.say(f"  {record['seconds']:.0f} s, validation loss {record['validation_loss']:.4f}")
         return Part([record], arrays | {"correct": chosen == data.test.y})
 
-    def _by_hypergradient(self, part: str, data: Corpus, say: Say) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    def _by_hypergradient(self, part: str, data: Corpus, place: Place) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         one = part == ONE
         train, validation = self._stretches(data)[-1]
         start = np.log(self.one_start if one else self.start)
@@ -121,7 +121,7 @@ class Newsgroups(Study):
             optimizer=optax.adam(rate, b2=0.99),
             steps=steps,
             dispatch=1,
-            callbacks=lambda now: say(f"  hyperiteration {now.step}: validation loss {now.value:.4f}"),
+            callbacks=lambda now: place.say(f"  hyperiteration {now.step}: validation loss {now.value:.4f}"),
         )
         if solution.stopped.startswith("diverged"):
             raise ValueError(f"the search for {part} {solution.stopped}: use a smaller learning rate")
