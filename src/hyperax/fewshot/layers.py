@@ -76,9 +76,12 @@ def convolve(x: Activations, weight: Float[Array, "size size inputs outputs"], s
         return jax.lax.conv_general_dilated(
             x, weight, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    # On a CPU, XLA's own convolution is slow in loops and under vmap; patches times a matrix is a plain product.
+    # On a CPU, XLA's own convolution is slow in loops and under vmap; patches times a matrix is a plain product. Of two
+    # matrices: the gradient of a product with more axes is computed from a transposed copy of the cotangent.
     size, inputs, outputs = weight.shape[0], weight.shape[2], weight.shape[3]
-    return patches(x, size, stride) @ weight.reshape(size * size * inputs, outputs)
+    seen = patches(x, size, stride)
+    product = seen.reshape(-1, seen.shape[-1]) @ weight.reshape(size * size * inputs, outputs)
+    return product.reshape(*seen.shape[:-1], outputs)
 
 
 def patches(x: Activations, size: int, stride: int) -> Activations:

@@ -75,9 +75,9 @@ class Initialisation(Learner):
 
     Raises: `ValueError` for a filter that does not fit the network or adapts nothing of it, a head that is neither, a
     learned head of another number of ways, and for what needs `image_shape` without it.
-    Cost: each inner step a forward and a backward pass of the adapted stages over N K images, and with `Reverse` about
-    as much again, three times, backwards; memory T of them. Stages before the first adapted one are computed once an
-    episode; with `adapted=False` time hardly depends on T.
+    Cost: each inner step a forward and a backward pass of the adapted stages over N K images; with `Reverse` a small
+    multiple of that, and memory for T of them. Stages before the first adapted one are computed once an episode: with
+    `adapted=False` time hardly depends on T.
     Reference: Bridge paper 2017, Sec. 3 (learned initialisations as meta-models, Finn et al. 2017) and end of Sec. 4
     (mixed designs); Kao et al. 2022 (zeroing the head).
     Do not use it where tasks share their features: `HyperRepresentation` learns them at a fraction of the cost.
