@@ -1,5 +1,6 @@
 """Comparisons of few-shot learners: the same episodes, paired differences, parts that go on where they stopped."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from hyperax.experiments import comparison, recipe, study
 from hyperax.experiments.comparison import COMPARISONS, roster, training
 from hyperax.experiments.comparison.entrants import Entrant, Setting, Training, held_out, support_only
 from hyperax.experiments.comparison.study import Comparison
+from hyperax.experiments.run_folder import RunFolder
 from hyperax.fewshot.evaluation import accuracies_by_steps, paired_difference
 from hyperax.fewshot.image_batches import ImageBatches
 from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
@@ -59,17 +61,23 @@ def _classes(seed, count):
     return ImageClasses.from_lists({f"{seed}-{i}": draw(60, 1) + draw(190, 5) for i in range(count)})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_world():
+class Noise:
+    def load(self, data_dir=None):
+        return MetaDataset("Noise", *(_classes(i, n) for i, n in enumerate((4, 3, 3))), {"name": "noise"})
+
+
+@contextlib.contextmanager
+def tiny_world():
     """Tiny classes for every data set, a linear network for every training."""
-
-    class Noise:
-        def load(self, data_dir=None):
-            return MetaDataset("Noise", *(_classes(i, n) for i, n in enumerate((4, 3, 3))), {"name": "noise"})
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison.study, "_DATASETS", dict.fromkeys(("omniglot", "miniimagenet", "glyphs"), Noise))
         patch.setattr(training, "build_network", lambda training, shape, key: tiny.Network(shape, key))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _everywhere():
+    with tiny_world():
         yield
 
 
@@ -164,6 +172,31 @@ def test_a_part_that_was_killed_goes_on_from_its_checkpoint(finished, tmp_path, 
         for line in (folder / "records.jsonl").read_text().splitlines()
     ]
     assert without(folder) == without(whole)
+
+
+def test_runs_of_different_learners_are_joined_to_one(finished, tmp_path):
+    whole, summary = finished
+    # Their parts, as two runs would have left them.
+    names = {"a": ("prototypes", "pretrained"), "b": ("ours",)}
+    for name, learners in names.items():
+        config = Tiny(**SMALL, learners=learners)
+        folder = RunFolder.create(tmp_path / name, config)
+        folder.write_json("source.json", {"name": "noise"})
+        for file in ("records.jsonl", "parts.jsonl"):
+            kept = [line for line in RunFolder(whole).lines(file) if line["part"] in config.parts()]
+            folder.replace_lines(file, kept)
+        for part in config.parts():
+            folder.write_arrays(part, RunFolder(whole).read_arrays(part))
+    joined = study.join(Tiny, tmp_path / "joined", [tmp_path / "a", tmp_path / "b"])
+    assert joined["table"] == summary["table"]
+    assert joined["differences"] == summary["differences"]
+    (tmp_path / "b" / "parts.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has not finished 2way-1shot-ours"):
+        study.join(Tiny, tmp_path / "again", [tmp_path / "a", tmp_path / "b"])
+    other = RunFolder.create(tmp_path / "c", Tiny(**SMALL, learners=("ours",), seed=1))
+    with pytest.raises(ValueError, match="but for --learners"):
+        study.join(Tiny, tmp_path / "again", [tmp_path / "a", other.path])
+    assert not (tmp_path / "again").exists()
 
 
 def test_tasks_are_shared_over_a_mesh(finished, tmp_path):

@@ -21,9 +21,10 @@ import pytest
 import hyperax as hx
 import tiny
 from hyperax import cli
-from hyperax.experiments import few_shot, recipe
+from hyperax.experiments import few_shot, recipe, study
 from hyperax.experiments.devices import Devices, start
 from hyperax.processes import processes_of
+from test_comparison import SMALL, Tiny, tiny_world
 
 pytest.importorskip("tyro")
 pytest.importorskip("PIL")
@@ -101,7 +102,16 @@ def one_process(folder):
     run = lambda name, *more: ["run", *words, "--out", f"{folder}/{name}", *more]
     statuses = commands([run("one"), run("eight", "--mesh", "8")])
     small = [small_problem(mesh, Path(folder) / name) for name, mesh in (("a", None), ("b", start(Devices(mesh=8))))]
-    return [statuses, small]
+    return [statuses, small, small_comparison(None, Path(folder) / "compared-alone")]
+
+
+def small_comparison(mesh, folder):
+    """The rows of a table of one learner, after a run and after a resume."""
+    study.write_report = lambda kind, folder: (folder / "report.html").touch()
+    with tiny_world():
+        config = Tiny(**SMALL, learners=("ours",))
+        table = study.run(config, folder, mesh=mesh)["table"]["rows"]
+        return [table, study.resume(Tiny, folder, mesh=mesh)["table"]["rows"]]
 
 
 def one_of_two(argument):
@@ -119,8 +129,8 @@ def one_of_two(argument):
             [*resume[:1], f"{folder}/{'two' if process == 0 else 'elsewhere'}", *resume[2:]],
         ]
     )
-    small = small_problem(start(Devices(coordinator="auto")), Path(folder) / "c")  # joined long ago
-    return [statuses, small]
+    mesh = start(Devices(coordinator="auto"))  # joined long ago
+    return [statuses, small_problem(mesh, Path(folder) / "c"), small_comparison(mesh, Path(folder) / "compared")]
 
 
 def not_joined(port):
@@ -187,7 +197,7 @@ def test_a_carry_and_decisions_of_two_processes(answers):
     (_, (history, lam, stopped)), other = answers[0][1], answers[1:]
     assert history[-1]["step"] == 6
     np.testing.assert_allclose(answers[0][1][0][1], lam, rtol=1e-6)
-    for _, small in other:
+    for _, small, _ in other:
         assert small[2] == stopped == "enough"
         np.testing.assert_allclose(small[1], lam, rtol=1e-6)
         for field in ("value", "gradient_norm", "score"):
@@ -205,10 +215,17 @@ def test_only_the_first_process_writes_and_all_refuse_together(answers, folder):
         assert "the run.config.seed is 0 in process 0 and 1 in process 1: start all processes with" in said[1]
         assert f"process 1: {folder}/elsewhere is not a run folder" in said[2]
     names = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert names == {"images", "cache", "compiled", "one", "eight", "two", "a", "b", "c"}
+    assert names == {"images", "cache", "compiled", "one", "eight", "two", "a", "b", "c", "compared", "compared-alone"}
     outputs = [(folder / name).read_text() for name in sorted(p.name for p in folder.glob("one_of_two*.log"))]
     assert ["accuracy on unseen classes" in output for output in outputs] == [True, False]
     assert not [path for path in (folder / "two").rglob("*") if path.suffix in (".new", ".unfinished")]
+
+
+def test_a_comparison_over_two_processes_has_the_table_of_one(answers, folder):
+    tables = [answer[2] for answer in answers]
+    assert tables[0] == tables[1] == tables[2]
+    assert tables[0][0] == tables[0][1]  # after a resume
+    assert (folder / "compared" / "report.html").exists()
 
 
 def test_processes_that_do_not_meet_end_with_a_sentence(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `hyperax list | run RECIPE | resume DIR | report DIR | data fetch NAME | data show NAME`."""
+"""The command line: `hyperax list | run RECIPE | resume DIR | join DIR RUNS | report DIR | data fetch | data show`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ usage: hyperax COMMAND ...
   hyperax list                     the recipes, with the numbers of the papers
   hyperax run RECIPE [options]     run one; `hyperax run RECIPE --help` lists every field of its configuration
   hyperax resume DIR [options]     go on with an interrupted run
+  hyperax join DIR RUN RUN ...     one run of several that trained different learners of a comparison
   hyperax report DIR               write a run's report again from its files
   hyperax data fetch NAME          download a data set (omniglot)
   hyperax data show NAME           how many classes and images a recipe's data set has
@@ -56,7 +57,7 @@ class Download:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0; 1: the run diverged; 2: wrong input; 130: interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"list": _list, "run": _run, "resume": _resume, "report": _report, "data": _data}
+    commands = {"list": _list, "run": _run, "resume": _resume, "join": _join, "report": _report, "data": _data}
     asked = ("-h", "--help", "help")
     if not words or words[0] in asked or (words[0] in commands and words[1:2] and words[1] in asked):
         print(_USAGE, end="")
@@ -147,6 +148,14 @@ def _finish(out: str, work: Any, mesh: Any) -> int:
         if diverged:
             print(f"hyperax: {summary['stopped']}", file=sys.stderr)
     return 1 if diverged else 0
+
+
+def _join(words: list[str]) -> int:
+    from hyperax import experiments
+
+    out, runs = _first(words, "hyperax join DIR RUN RUN ...")
+    print(experiments.format_table(experiments.join(out, runs), f"{out}/report.html"))
+    return 0
 
 
 def _report(words: list[str]) -> int:

@@ -7,7 +7,7 @@ list`, `run`, `resume` and `report` need nothing else, so a new kind is one more
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ __all__ = [
     "Kind",
     "Published",
     "format_table",
+    "join",
     "load",
     "recipe",
     "recipes",
@@ -172,6 +173,28 @@ def _of_kind(kind: Kind, options: dict[str, Any]) -> dict[str, Any]:
     """The options without a mesh that is none, which kinds without tasks do not know."""
     kind.check_mesh(options.get("mesh") is not None)
     return {name: x for name, x in options.items() if (name, x) != ("mesh", None)}
+
+
+def join(out: str | Path, folders: Sequence[str | Path], **options: Any) -> dict[str, Any]:
+    """Make one run of several that trained different learners of one comparison.
+
+    Arguments:
+        out: a folder that is empty or does not exist.
+        folders: finished runs, whose configurations are the same but for their learners, or but for their settings.
+        options: `progress`.
+
+    Returns: what `summary.json` holds: that of one run with all the learners.
+    Raises: `ValueError` for runs of different kinds, configurations or data, or that have not finished.
+
+    >>> join("runs/table3", ["runs/maml", "runs/matching"])["kind"]  # doctest: +SKIP
+    'table3'
+    """
+    kinds = [kind_in(folder) for folder in folders]
+    if not kinds or any(kind is not kinds[0] for kind in kinds):
+        raise ValueError("runs of one kind can be joined, at least one: name their folders")
+    if not issubclass(kinds[0].config, study.Study):
+        raise ValueError(f"runs of {kinds[0].config.__name__} cannot be joined")
+    return study.join(kinds[0].config, out, folders, **options)
 
 
 def write_report(folder: str | Path) -> Path:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-
 @dataclass(frozen=True)
 class Place:
     """Where a part is measured.
@@ -123,6 +122,11 @@ class Study(abc.ABC):
         """The published number in words, or nothing."""
         return ""
 
+    @classmethod
+    def united(cls, configs: Sequence[Self]) -> Self:
+        """One configuration with the parts of all; `ValueError` if they do not go together."""
+        raise ValueError(f"runs of the kind {cls.kind} cannot be joined")
+
     def check_devices(self, count: int) -> None:
         """Raise `ValueError` if its tasks cannot be shared by so many devices."""
         if count > 1 and not self.takes_mesh:
@@ -217,6 +221,60 @@ def resume(
     return _run(config, folder, opened, mesh, progress)
 
 
+def join(
+    kind: type[Study], out: str | Path, folders: Sequence[str | Path], *, progress: bool = False
+) -> dict[str, Any]:
+    """Make one run of several that measured different parts (on several machines, say), and return its summary.
+
+    Arguments:
+        kind: the class of their configurations.
+        out: a folder that is empty or does not exist.
+        folders: run folders whose configurations differ in what `Study.united` puts together only; finished ones.
+        progress: as in `run`.
+
+    Returns: what `summary.json` holds: that of one run that measured all parts.
+    Raises: `ValueError` for configurations or data that do not go together, or a run that has not finished.
+    Cost: copying files.
+    """
+    RunFolder(out).require_unused()
+    opened = [RunFolder.open(folder, kind.from_json) for folder in folders]
+    config = kind.united([config for _, config in opened])
+    source = opened[0][0].read_json("source.json")
+    ended: dict[str, dict[str, Any]] = {}
+    measured: dict[str, Part] = {}
+    for folder, part in opened:
+        if folder.read_json("source.json") != source:
+            raise ValueError(f"{folder.path} and {opened[0][0].path} are of different data: join runs of the same")
+        found, lines = _measured(part, folder)
+        missing = [name for name in part.parts() if name not in found]
+        if missing:
+            raise ValueError(f"{folder.path} has not finished {missing[0]}: `hyperax resume {folder.path}` first")
+        measured |= found
+        ended |= {line["part"]: line for line in lines}
+    joined = RunFolder.create(out, config, opened[0][0].data_dir())
+    joined.write_json("source.json", source)
+    parts = [name for name in config.parts() if name in measured]
+    for name in parts:
+        if measured[name].arrays:
+            joined.write_arrays(name, measured[name].arrays)
+    joined.replace_lines("records.jsonl", [dict(record) for name in parts for record in measured[name].records])
+    joined.replace_lines("parts.jsonl", [ended[name] for name in parts])
+    times = [line for folder, _ in opened for line in _last_times(folder)]
+    joined.replace_lines("timings.jsonl", [line | {"session": i + 1} for i, line in enumerate(times)])
+    summaries = [folder.read_json("summary.json") or {} for folder, _ in opened]
+    # Where they were measured, not where they are joined.
+    said = lambda name: list(dict.fromkeys(str(summary.get(name)) for summary in summaries))
+    where = {"commit": ", ".join(said("commit")), "machine": ", ".join(said("machine"))}
+    return _run(
+        config, joined, Opened(None, source), None, progress, where | {"versions": summaries[0].get("versions")}
+    )
+
+
+def _last_times(folder: RunFolder) -> list[dict[str, Any]]:
+    """The last line of each session."""
+    return list({line["session"]: line for line in folder.lines("timings.jsonl")}.values())
+
+
 def _check_source(folder: RunFolder, opened: Opened) -> None:
     try:
         source = folder.read_json("source.json")
@@ -229,12 +287,23 @@ def _check_source(folder: RunFolder, opened: Opened) -> None:
         )
 
 
-def _run(config: Study, folder: RunFolder, opened: Opened, mesh: Mesh | None, progress: bool) -> dict[str, Any]:
+def _run(
+    config: Study,
+    folder: RunFolder,
+    opened: Opened,
+    mesh: Mesh | None,
+    progress: bool,
+    where: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     begin = time.perf_counter()
     shown = progress and folder.writes
     say = lambda words: print(words, file=sys.stderr, flush=True) if shown else None
     say(f"run folder: {folder.path}")
-    where = {"commit": environment.commit(), "versions": environment.versions(), "machine": environment.machine()}
+    where = where or {
+        "commit": environment.commit(),
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+    }
     measured, ended = _measured(config, folder)
     folder.begin_session()
     names = config.parts()

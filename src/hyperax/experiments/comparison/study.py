@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -125,6 +125,19 @@ class Comparison(Study):
             test.check(data.validation, "the validation set")
             test.check(data.test, "the test set")
         return Opened(data, data.provenance)
+
+    @classmethod
+    def united(cls, configs: Sequence[Self]) -> Self:
+        """Runs that differ in their learners only, or in their settings only."""
+        for name in ("learners", "settings"):
+            together = tuple(dict.fromkeys(value for config in configs for value in getattr(config, name)))
+            candidates = {replace(config, **{name: together}) for config in configs}
+            named = len(configs) == 1 or all(getattr(config, name) for config in configs)
+            if len(candidates) == 1 and named:
+                return candidates.pop()
+        raise ValueError(
+            "only runs whose configurations are the same but for --learners, or but for --settings, can be joined"
+        )
 
     def parts(self) -> Sequence[str]:
         """One a training and setting."""
