@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,14 +15,8 @@ from jaxtyping import Array, Key
 from hyperax.fewshot.episodes import Episode, Episodes
 from hyperax.fewshot.image_classes import ImageClasses
 from hyperax.fewshot.layers import own_moments
-
-
-class Learner(Protocol):
-    """What evaluation needs of a few-shot learner."""
-
-    def accuracies(self, lam: Any, episode: Episode, steps: int) -> Array:
-        """Accuracy on the query set after t = 1, ..., `steps` inner steps."""
-        ...
+from hyperax.fewshot.learners.learner import Learner
+from hyperax.fewshot.learners.similarities import squared_distances
 
 
 def accuracies_by_steps(
@@ -39,7 +33,7 @@ def accuracies_by_steps(
     The episodes depend on the key alone, so learners evaluated with the same key see the same episodes.
 
     Arguments:
-        learner: has `accuracies(lam, episode, steps)`, as `HyperRepresentation`.
+        learner: any; what is asked of it is `accuracies(lam, episode, steps)`.
         lam: its outer variables.
         episodes: what is drawn; a class too small for it is `Episodes.check`'s to refuse, before.
         classes: what it is drawn from.
@@ -102,15 +96,8 @@ def _over_episodes(
 
 def _nearest_neighbour(episode: Episode) -> Array:
     flat = lambda images: images.reshape(images.shape[0], -1).astype(jnp.float32)
-    nearest = jnp.argmin(_squared_distances(flat(episode.query), flat(episode.support)), axis=1)
+    nearest = jnp.argmin(squared_distances(flat(episode.query), flat(episode.support)), axis=1)
     return jnp.mean(episode.support_labels[nearest] == episode.query_labels)
-
-
-def _squared_distances(a: Array, b: Array) -> Array:
-    """[n, d], [m, d] -> [n, m]."""
-    # Accelerators would round the factors to 10 bits, too coarse for a difference of large numbers.
-    products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(a**2, 1)[:, None] - 2 * products + jnp.sum(b**2, 1)[None]
 
 
 def interval(accuracies: np.ndarray) -> dict[str, Any]:

@@ -31,6 +31,9 @@ class Adapted(NamedTuple):
         support: the support images, uint8 [N K, height, width, channels].
         labels: int32 [N K].
         mask: which of them are there, bool [N K]; `None`: all.
+
+    >>> Adapted(None, jnp.zeros((2, 4, 4, 1), jnp.uint8), jnp.arange(2), None).labels.tolist()
+    [0, 1]
     """
 
     w: Any
@@ -47,6 +50,21 @@ class Learner(eqx.Module):
     A learner says what of an episode is computed once (`prepare`), where w starts (`init`), what it minimises (`inner`)
     and how it classifies (`logits`); E is the cross-entropy of the query images unless `outer` says otherwise. The
     same `problem` serves training (`hypergradient`), adaptation (`adapt`, `predict`) and evaluation (`accuracies`).
+
+    Cost: a hypergradient costs what its method says of this problem; `accuracies` classifies the query images after
+    each step.
+    Reference: Bridge paper 2017, eq. 3.1; Franceschi et al. 2018, Sec. 4.
+    Do not use it as a base where all of the network is shared by the tasks: `FeatureLearner` has half of it done.
+
+    >>> from hyperax.fewshot import HyperRepresentation, PerImage
+    >>> learner = HyperRepresentation(ways=2)
+    >>> isinstance(learner, Learner), learner.method(5)
+    (True, Reverse(steps=5))
+    >>> images = jnp.asarray([[0, 255], [255, 0]], jnp.uint8).reshape(2, 1, 2, 1)
+    >>> lam = learner.lam(PerImage(jnp.ravel))
+    >>> adapted = learner.adapt(lam, images, jnp.arange(2), steps=10)
+    >>> learner.predict(lam, adapted, images).argmax(-1).tolist()
+    [0, 1]
     """
 
     ways: eqx.AbstractVar[int]
@@ -174,7 +192,19 @@ class OnFeatures(NamedTuple):
 
 
 class FeatureLearner(Learner):
-    """A learner whose network is all in lam: h_lam is computed once an episode, w works on features."""
+    """A learner whose network is all in lam: h_lam is computed once an episode, w works on features.
+
+    A subclass has fields `ways` and `statistics`, and the methods `lam`, `init`, `inner` and `logits` of a `Learner`,
+    which receive features (`OnFeatures`) in place of images.
+
+    Cost: one forward and one backward pass of the network an episode, whatever T is.
+    Reference: Franceschi et al. 2018, eq. 9-10.
+    Do not use it where a task adapts a part of the network: `Initialisation` takes a filter.
+
+    >>> from hyperax.fewshot import Prototypical
+    >>> issubclass(Prototypical, FeatureLearner)
+    True
+    """
 
     def prepare(self, lam: Any, episode: Episode) -> OnFeatures:
         """h_lam(x) of support and query images."""

@@ -23,6 +23,7 @@ def maml(ways: int, step_size: float = 0.4, first_order: bool = False, **setting
         first_order: leave the second derivatives out: the gradient of E at w_T, taken for that of f_T at lam.
         settings: other arguments of `Initialisation`.
 
+    Returns: the learner, an `Initialisation`.
     Cost: exact, about three times the inner run, and memory T passes; first order, the inner run and one gradient.
     Reference: Finn et al. 2017, Algorithm 2, Sec. 5.2 (first order). There the head is "learned".
     Do not use it with many steps where memory is short: `differentiated_by=eqx.Partial(Reverse, segment="sqrt")`.
@@ -45,6 +46,7 @@ def anil(ways: int, step_size: float = 0.4, **settings: Any) -> Initialisation:
         step_size: eta.
         settings: other arguments of `Initialisation`. With head="zero" it is `HyperRepresentation`.
 
+    Returns: the learner, an `Initialisation`.
     Cost: that of `HyperRepresentation`: the features are computed once an episode.
     Reference: Raghu et al. 2020, Sec. 4.
     Do not use it where the tasks need other features.
@@ -66,6 +68,7 @@ def meta_sgd(ways: int, step_size: float = 0.1, **settings: Any) -> Initialisati
         step_size: the initial value of every entry of alpha; the paper draws it from [0.005, 0.1] and takes T = 1.
         settings: other arguments of `Initialisation`.
 
+    Returns: the learner, an `Initialisation`.
     Cost: as MAML; lam is twice as large.
     Reference: Li et al. 2017, Algorithm 1.
     Do not use it with a large T in training: free step sizes can make the inner run diverge.
@@ -90,6 +93,7 @@ def imaml(
         solver_steps: of conjugate gradients; 5 in the paper.
         settings: other arguments of `Initialisation`.
 
+    Returns: the learner, an `Initialisation`.
     Cost: the inner run without derivatives and `solver_steps` + 1 Hessian-vector products; memory independent of T.
     Reference: Rajeswaran et al. 2019, Lemma 1 and Algorithm 1; T = 16 in their 5-way Omniglot runs.
     Do not use it with few steps, where w_T is far from w*, nor where rho is below the negative curvature of L: there w*
@@ -115,6 +119,7 @@ def in_depth(ways: int, stages: int, step_size: float = 0.4, **settings: Any) ->
         step_size: eta.
         settings: other arguments of `Initialisation`.
 
+    Returns: the learner, an `Initialisation`.
     Cost: as MAML for the upper stages; the lower ones are computed, and differentiated, once an episode.
     Reference: Bridge paper 2017, end of Sec. 4.
     Do not use it on a network without the property `stages`.
@@ -136,6 +141,7 @@ def in_width(ways: int, share: float, step_size: float = 0.4, **settings: Any) -
         step_size: eta.
         settings: other arguments of `Initialisation`.
 
+    Returns: the learner, an `Initialisation`.
     Cost: that of MAML: activations depend on adapted filters from the first layer on.
     Reference: Bridge paper 2017, end of Sec. 4.
     Do not use it to save time: `in_depth` does.

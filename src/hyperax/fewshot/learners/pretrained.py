@@ -187,6 +187,7 @@ def fine_tuning(ways: int, step_size: float, stages: int | None = None, **settin
     It is the inner problem of MAML where lam = `{"network": lam["network"]}` of `Multiclass` is not meta-learned: use
     its `accuracies`, `adapt` and `predict`. With no stage trained it is `HyperRepresentation` on "conv" features.
 
+    Returns: the learner, an `Initialisation`.
     Raises: `ValueError` for fewer than one stage, or more than the network has when it is used.
     Cost: each inner step a forward and a backward pass of the trained stages over the support images.
     Reference: Franceschi et al. 2018, Sec. 5.3 (transferred representations); Finn et al. 2017, Sec. 5.1 (pretrained

@@ -71,6 +71,7 @@ def reptile(ways: int, step_size: float = 1e-3, batch_size: int = 10, **settings
     plain gradient descent of the outer problem with epsilon from 1 down to 0, and test it with T = 50. The query
     images take no part in training.
 
+    Returns: the learner, an `Initialisation`.
     Cost: an inner run and nothing else.
     Reference: Nichol et al. 2018, Sec. 6.1 and App. A.
     Do not use it with `adapted` other than `True`: what no task adapts is never learned.

@@ -20,7 +20,7 @@ Memory = Float[Array, "NK features"]
 
 @final
 class Siamese(FormulaLearner):
-    """Few-shot learning by verification: are these two images of the same class?
+    """Few-shot learning by verification of whether two images are of the same class.
 
         p(x, x_i) = sigmoid(s(x, x_i)),   s(x, x_i) = sum over k of a_k |h_k(x) - h_k(x_i)| + b,   h = h_lam,
         E = mean over x in D_val^j of (1/2) (mean over i with y_i = y of -log p(x, x_i)
