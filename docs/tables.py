@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # for benchmarks.tables
 from benchmarks.hyperparameter_tables import data_cleaning_peers, estimators  # noqa: E402
 from benchmarks.tables import costs, methods, peers, peers_steps  # noqa: E402
 
-PAGES = ("README.md", "docs/methods.md", "docs/theory.md", "docs/hyperparameters.md")
+PAGES = ("README.md", "docs/methods.md", "docs/theory.md", "docs/hyperparameters.md", "docs/learners.md")
 """The pages with blocks between <!-- name --> and <!-- end -->."""
 
 
@@ -125,9 +126,18 @@ def study(run: dict[str, Any]) -> str:
 
 def studies() -> str:
     """The headline of each study, and where it was measured."""
+    return _headlines(lambda run: "differences" not in run)
+
+
+def comparisons() -> str:
+    """The headline of each comparison of few-shot learners."""
+    return _headlines(lambda run: "differences" in run)
+
+
+def _headlines(wanted: Callable[[dict[str, Any]], bool]) -> str:
     lines = []
     for path, run in _summaries():
-        if "headline" in run:
+        if "headline" in run and wanted(run):
             said = f"**{run['headline']['number']}** {run['headline']['text'].rstrip('.')}"
             lines.append(f"- [`{run['recipe']}`](results/{path.parent.name}/summary.json): {said} ({_where(run)}).")
     return "\n".join(lines)
@@ -143,7 +153,8 @@ def _spread(score: dict[str, float]) -> str:
     return f"{100 * score['mean']:.1f} ± {100 * score['sd']:.1f}"
 
 
-BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t, studies)}
+BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
+BLOCKS |= {block.__name__: block for block in (studies, comparisons)}
 BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps, estimators, data_cleaning_peers)}
 BLOCKS |= {path.parent.name.replace("-", "_"): partial(study, run) for path, run in _summaries() if "headline" in run}
 
