@@ -36,10 +36,11 @@ LEARNER = HyperRepresentation(WAYS, step_size=ETA)
 MEAN = hx.mean_over_tasks(LEARNER.hypergradient(Joint(PERIOD)))
 
 
-def train(steps, **arguments):
+def train(steps, parallel=None, **arguments):
+    mean = hx.mean_over_tasks(MEAN.hypergradient, parallel=parallel)
     key, lam = jax.random.key(2), LEARNER.lam(small_net())
     settings = {"optimizer": OPTIMIZER, "dispatch": 1, **arguments}
-    return hx.minimize(MEAN, lam, data=pool(), sample=two, key=key, steps=steps, **settings)
+    return hx.minimize(mean, lam, data=pool(), sample=two, key=key, steps=steps, **settings)
 
 
 def joint_descent(steps):
@@ -63,10 +64,11 @@ def joint_descent(steps):
     return [*seen, (None, network)], ws
 
 
-def test_it_is_joint_gradient_descent():
+@pytest.mark.parametrize("parallel", [None, 1])
+def test_it_is_joint_gradient_descent(parallel):
     networks = []
     note = lambda progress: networks.append(jax.tree.map(np.asarray, progress.lam()["network"]))
-    solution = train(2 * PERIOD, callbacks=note)
+    solution = train(2 * PERIOD, parallel, callbacks=note)
     expected, ws = joint_descent(2 * PERIOD)
     np.testing.assert_allclose([r["value"] for r in solution.history], [f for f, _ in expected[:-1]], rtol=1e-10)
     assert len(networks) == 2 * PERIOD

@@ -5,23 +5,27 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hyperax as hx
 import tiny
 from hyperax.experiments import comparison, recipe, study
 from hyperax.experiments.comparison import COMPARISONS, roster, training
-from hyperax.experiments.comparison.entrants import Entrant, Setting, Training, held_out, support_only
+from hyperax.experiments.comparison.entrants import Entrant, Setting, Training, held_out, sample_many, support_only
 from hyperax.experiments.comparison.study import Comparison
 from hyperax.experiments.run_folder import RunFolder
+from hyperax.fewshot.episodes import Episodes
 from hyperax.fewshot.evaluation import accuracies_by_steps, paired_difference
 from hyperax.fewshot.image_batches import ImageBatches
 from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
 from hyperax.fewshot.learners.hyper_representation import HyperRepresentation
-from hyperax.fewshot.learners.learner import Learner
 from hyperax.fewshot.learners.pretrained import Multiclass
 from hyperax.fewshot.learners.prototypical import Prototypical
+from hyperax.fewshot.networks import OmniglotNet
 
 TWO = Setting(2, 1)
 SMALL = {"budget": 0.5, "validations": 2, "validation_episodes": 6, "test_episodes": 8, "queries": 2}
@@ -50,8 +54,8 @@ class Tiny(Comparison):
         return (
             Entrant("Hyper-representation", ours, most_steps=3, published=numbers),
             Entrant("Prototypes", Training("prototypes", Prototypical, held_out(None, 1), 8, tasks=2), most_steps=1),
-            roster.readout(pretrained, "linear", "Linear"),
-            roster.readout(pretrained, "conv", "Nearest", nearest=True),
+            roster.readout("glyphs", pretrained, "linear", "Linear"),
+            roster.readout("glyphs", pretrained, "conv", "Nearest", nearest=True),
         )
 
 
@@ -71,7 +75,7 @@ def tiny_world():
     """Tiny classes for every data set, a linear network for every training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison.study, "_DATASETS", dict.fromkeys(("omniglot", "miniimagenet", "glyphs"), Noise))
-        patch.setattr(training, "build_network", lambda training, shape, key: tiny.Network(shape, key))
+        patch.setattr(training, "make_network", lambda name, shape, key, filters: tiny.Network(shape, key))
         yield
 
 
@@ -94,7 +98,8 @@ def test_a_row_for_every_learner_with_protocol_and_paired_difference(finished):
     row = dict(zip(columns, rows[0], strict=True))
     assert row["setting"] == "2-way 1-shot"
     assert row["published, %"] == "90.00 ± 1.00"
-    assert row["hyperiterations"].endswith(" of 4")  # half of the full number
+    assert row["best of hyperiterations"].endswith(" of 4")  # half of the full number
+    assert row["trained on"] == "3-way 1-shot, 1 queries a class, T = 2"
     assert "transductive" in row["batch statistics"]
     assert row["minus Hyper-representation"] == "–"
     notes = " ".join(summary["notes"])
@@ -114,39 +119,24 @@ def test_a_row_for_every_learner_with_protocol_and_paired_difference(finished):
 
 
 def test_the_test_episodes_are_the_same_for_all_learners():
-    seen = []
+    def sums(self, lam, episode, steps):
+        """In place of accuracies: what identifies the episode, whatever the learner and its T."""
+        return jnp.broadcast_to(episode.query.astype(float).sum(), (steps,))
 
-    class Watching(Learner):
-        ways: int = 2
-        statistics: str = "set"
+    class Watching(HyperRepresentation):
+        accuracies = sums
 
-        def lam(self, network, image_shape=None, key=None):
-            return {}
-
-        def prepare(self, lam, episode):
-            seen.append(1)
-            return episode
-
-        def init(self, lam, prepared):
-            return 0.0
-
-        def inner(self, w, lam, prepared):
-            return 0.0
-
-        def logits(self, w, lam, prepared):
-            return 0.0
-
-        def accuracies(self, lam, episode, steps):
-            return episode.query.astype(float).sum()[None]
+    class WatchingFormula(Prototypical):
+        accuracies = sums
 
     config, classes = Tiny(**SMALL), _classes(9, 3)
-    entrant = lambda name: Entrant(name, Training(name, Watching, held_out(2, 1), 1), lambda ways: Watching(ways))
-    sums = [
-        training.Tested(config, TWO, entrant(name), Watching(2)).accuracies({}, classes, "test", 5, 1)
-        for name in ("a", "b")
-    ]
-    np.testing.assert_array_equal(*sums)
-    assert len(np.unique(sums[0])) > 1
+    seen = []
+    for kind, most_steps in ((Watching, 7), (WatchingFormula, 1), (Watching, None)):
+        entrant = Entrant("watching", Training("watching", kind, held_out(2, 1), 1, steps=3), most_steps=most_steps)
+        seen.append(training.Tested(config, TWO, entrant, kind(2)).accuracies({}, classes, "test", 5)[:, -1])
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[0], seen[2])
+    assert len(np.unique(seen[0])) > 1
 
 
 def test_a_part_that_was_killed_goes_on_from_its_checkpoint(finished, tmp_path, monkeypatch):
@@ -199,13 +189,42 @@ def test_runs_of_different_learners_are_joined_to_one(finished, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_tasks_are_shared_over_a_mesh(finished, tmp_path):
+def test_tasks_are_shared_over_a_mesh(finished, tmp_path, monkeypatch):
     whole, _ = finished
+    meshes, mean = [], training.mean_over_tasks
+    monkeypatch.setattr(training, "mean_over_tasks", lambda h, **more: meshes.append(more["mesh"]) or mean(h, **more))
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("devices",))
     study.run(Tiny(**SMALL, learners=("ours",)), tmp_path / "run", mesh=mesh)
     name = "2way-1shot-ours.npz"
     ours, other = (np.load(folder / "arrays" / name)["Hyper-representation"] for folder in (tmp_path / "run", whole))
     np.testing.assert_allclose(ours, other)
+    assert meshes == [mesh]
+
+
+def _trainings():
+    config = lambda kind: kind(dataset="glyphs")
+    found = {entrant.training.name: entrant for kind in COMPARISONS for entrant in config(kind).entrants()}
+    return [found[name] for name in found if "queries" not in name and "t-" not in name]
+
+
+@pytest.mark.parametrize("entrant", _trainings(), ids=lambda entrant: entrant.training.name)
+def test_every_training_and_its_test_can_be_traced(entrant):
+    """Shapes and types of a hyperiteration, and of an evaluation, of every learner of every table."""
+    one, shape = entrant.training, (16, 16, 1)
+    key, setting = jax.random.key(0), Setting(3, 1)
+    classes = ImageClasses.from_lists({str(i): np.zeros((20, 16, 16)) for i in range(24)})
+    sampler = one.sampler(setting)
+    learner = one.learner(getattr(sampler, "ways", classes.num_classes))
+    lam = learner.lam(OmniglotNet(shape, key, filters=2), shape, key)
+    mean = hx.mean_over_tasks(one.hypergradient(learner, one.steps), parallel=1)
+    tasks = eqx.filter_eval_shape(sample_many, sampler, key, classes, 2)
+    arrays, fixed = eqx.partition(lam, eqx.is_array)
+    h = jax.eval_shape(lambda arrays, tasks: mean(eqx.combine(arrays, fixed), tasks), arrays, tasks)
+    assert jax.tree.map(jnp.shape, h.grad) == jax.tree.map(jnp.shape, arrays)
+    tested = entrant.learner(setting.ways)
+    episode = Episodes(3, 1, 2).sample(key, classes)
+    found = eqx.filter_eval_shape(lambda lam: tested.accuracies(entrant.view(lam), episode, 2), lam)
+    assert found.shape == (2,)
 
 
 def test_devices_that_do_not_divide_the_tasks_are_refused():
@@ -227,7 +246,7 @@ def test_every_table_is_complete_on_every_data_set(kind, dataset):
     for setting in config.chosen_settings():
         for entrant in config.entrants():
             assert entrant.learner(setting.ways).ways == setting.ways
-            assert config.hyperiterations(entrant.training) == entrant.training.hyperiterations
+            assert kind(dataset=dataset, budget=0.5).hyperiterations(entrant.training) in (500, 2000, 20_000, 30_000)
     assert kind.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 

@@ -1,7 +1,7 @@
 """Processes that compute one run together: what only the first of them does, and what all must agree on.
 
 Arrays over all devices are computed by all processes, each calling the same programs in the same order; a process that
-calls one more waits for ever. So whatever decides what is called next (a file found, a score, an error) is exchanged
+calls one more waits for ever. So whatever decides what is called next (a file found, a score, a stop) is exchanged
 here first, and is then the same everywhere.
 """
 

@@ -18,6 +18,7 @@ from hyperax.experiments.config import FewShotConfig, Published
 from hyperax.experiments.effect_of_t import EffectOfTConfig
 from hyperax.experiments.few_shot import load
 from hyperax.experiments.recipes import recipe, recipes
+from hyperax.experiments.run_folder import RunFolder
 from hyperax.experiments.studies import STUDIES
 
 __all__ = [
@@ -189,6 +190,8 @@ def join(out: str | Path, folders: Sequence[str | Path], **options: Any) -> dict
     >>> join("runs/table3", ["runs/maml", "runs/matching"])["kind"]  # doctest: +SKIP
     'table3'
     """
+    for folder in folders:
+        RunFolder.open(folder, dict)  # says what is no run folder
     kinds = [kind_in(folder) for folder in folders]
     if not kinds or any(kind is not kinds[0] for kind in kinds):
         raise ValueError("runs of one kind can be joined, at least one: name their folders")

@@ -16,7 +16,7 @@ from hyperax.fewshot.networks import C4L, Network, OmniglotNet, ResidualNet
 MakeNetwork = Callable[[tuple[int, int, int], jax.Array], Network]
 """(image shape, key) -> a representation."""
 
-_NETWORKS: dict[str, MakeNetwork] = {"omniglot": OmniglotNet, "c4l": C4L, "rn": ResidualNet}
+_NETWORKS: dict[str, Callable[..., Network]] = {"omniglot": OmniglotNet, "c4l": C4L, "rn": ResidualNet}
 
 
 def load_dataset(config: FewShotConfig, data_dir: str | None) -> MetaDataset:
@@ -55,15 +55,18 @@ def _slashes(counts: list[int]) -> str:
     return "/".join(map(str, counts))
 
 
-def build_network(
-    config: FewShotConfig, image_shape: tuple[int, int, int], make_network: MakeNetwork | None
-) -> Network:
-    """The initial network of a run; `ValueError` if it does not map such images to vectors."""
-    name = config.network
+def make_network(name: str, image_shape: tuple[int, int, int], key: jax.Array, filters: int | None = None) -> Network:
+    """The papers' network of this name; "auto" is C4L for images of 64 pixels or more, else the Omniglot network."""
     if name == "auto":
         name = "c4l" if min(image_shape[:2]) >= 64 else "omniglot"
+    more = {} if filters is None else {"filters": filters}
+    return _NETWORKS[name](image_shape, key, **more)
+
+
+def build_network(config: FewShotConfig, image_shape: tuple[int, int, int], own: MakeNetwork | None) -> Network:
+    """The initial network of a run; `ValueError` if it does not map such images to vectors."""
     key = config.key("initialisation")
-    network = (make_network or _NETWORKS[name])(image_shape, key)
+    network = own(image_shape, key) if own else make_network(config.network, image_shape, key)
     # Its shapes only: a network that does not fit the images is to be refused before the first compilation.
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     shape = " x ".join(map(str, image_shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +112,8 @@ class Study(abc.ABC):
     def summarise(self, measured: Mapping[str, Part]) -> dict[str, Any]:
         """What `summary.json` says of all parts, at least
 
-        "headline": {"number", "text"}, "table": {"columns", "rows"} with text in the cells, "notes": sentences.
+        "headline": {"number", "text"}, "table": {"columns", "rows"} with text in the cells, "notes": sentences; and
+        "stopped" if a part diverged.
         """
 
     @abc.abstractmethod
@@ -242,6 +244,7 @@ def join(
     source = opened[0][0].read_json("source.json")
     ended: dict[str, dict[str, Any]] = {}
     measured: dict[str, Part] = {}
+    kept: dict[str, Path] = {}
     for folder, part in opened:
         if folder.read_json("source.json") != source:
             raise ValueError(f"{folder.path} and {opened[0][0].path} are of different data: join runs of the same")
@@ -249,14 +252,20 @@ def join(
         missing = [name for name in part.parts() if name not in found]
         if missing:
             raise ValueError(f"{folder.path} has not finished {missing[0]}: `hyperax resume {folder.path}` first")
+        twice = sorted(set(found) & set(measured))
+        if twice:
+            raise ValueError(f"{folder.path} measured {twice[0]}, and so did a run before it: join runs of other parts")
         measured |= found
         ended |= {line["part"]: line for line in lines}
+        kept |= {name: folder.path / "parts" / name for name in found}
     joined = RunFolder.create(out, config, opened[0][0].data_dir())
     joined.write_json("source.json", source)
     parts = [name for name in config.parts() if name in measured]
     for name in parts:
         if measured[name].arrays:
             joined.write_arrays(name, measured[name].arrays)
+        if kept[name].exists():
+            shutil.copytree(kept[name], joined.path / "parts" / name)
     joined.replace_lines("records.jsonl", [dict(record) for name in parts for record in measured[name].records])
     joined.replace_lines("parts.jsonl", [ended[name] for name in parts])
     times = [line for folder, _ in opened for line in _last_times(folder)]
@@ -264,10 +273,11 @@ def join(
     summaries = [folder.read_json("summary.json") or {} for folder, _ in opened]
     # Where they were measured, not where they are joined.
     said = lambda name: list(dict.fromkeys(str(summary.get(name)) for summary in summaries))
-    where = {"commit": ", ".join(said("commit")), "machine": ", ".join(said("machine"))}
-    return _run(
-        config, joined, Opened(None, source), None, progress, where | {"versions": summaries[0].get("versions")}
-    )
+    versions = [summary.get("versions", {}) for summary in summaries]
+    names = dict.fromkeys(name for found in versions for name in found)
+    where: dict[str, Any] = {name: ", ".join(said(name)) for name in ("commit", "machine")}
+    where["versions"] = {name: ", ".join(dict.fromkeys(str(found.get(name)) for found in versions)) for name in names}
+    return _run(config, joined, Opened(None, source), None, progress, where)
 
 
 def _last_times(folder: RunFolder) -> list[dict[str, Any]]:
@@ -324,7 +334,7 @@ def _run(
         folder.note_seconds(at + 1, time.perf_counter() - begin)
     summary = {"kind": config.kind, "recipe": config.recipe, "title": config.title, "seed": config.seed}
     summary |= config.summarise(measured)
-    summary |= {"stopped": f"completed {len(names)} parts", "source": opened.provenance, **where}
+    summary = {"stopped": f"completed {len(names)} parts"} | summary | {"source": opened.provenance, **where}
     if mesh is not None:
         summary["devices"] = {"tasks_over": mesh.size, "processes": processes_of(mesh).count}
     summary["timing"] = {"parts": ended, "seconds": round(folder.seconds(time.perf_counter() - begin), 1)}

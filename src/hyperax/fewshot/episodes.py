@@ -78,6 +78,8 @@ class Episodes(eqx.Module):
                 raise ValueError(
                     f"{name} must be a whole number, at least {2 if name == 'ways' else 1}; it is {value!r}"
                 )
+        if self.overlap and not self.held_out:
+            raise ValueError("overlap has no effect with held_out=False, where both sets are the same: leave one out")
         for name, least, most in (("fewest_ways", 2, self.ways), ("fewest_shots", 1, self.shots)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):

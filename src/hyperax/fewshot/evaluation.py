@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -12,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from hyperax.fewshot.episodes import Episode, Episodes
+from hyperax.fewshot.episodes import Episodes
 from hyperax.fewshot.image_classes import ImageClasses
 from hyperax.fewshot.layers import own_moments
 from hyperax.fewshot.learners.learner import Learner
-from hyperax.fewshot.learners.similarities import squared_distances
+from hyperax.fewshot.learners.nearest_neighbour import NearestNeighbour
+from hyperax.fewshot.networks import PerImage
 
 
 def accuracies_by_steps(
@@ -83,21 +82,8 @@ def nearest_neighbour_accuracies(
     >>> nearest_neighbour_accuracies(Episodes(2, 1, 2), classes, jax.random.key(0), 4).tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    keys = jax.random.split(key, count)
-    return np.asarray(_over_episodes(_nearest_neighbour, episodes, classes, keys))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _over_episodes(
-    function: Callable[[Episode], Array], episodes: Episodes, classes: ImageClasses, keys: Array
-) -> Array:
-    return jax.lax.map(lambda key: function(episodes.sample(key, classes)), keys)
-
-
-def _nearest_neighbour(episode: Episode) -> Array:
-    flat = lambda images: images.reshape(images.shape[0], -1).astype(jnp.float32)
-    nearest = jnp.argmin(squared_distances(flat(episode.query), flat(episode.support)), axis=1)
-    return jnp.mean(episode.support_labels[nearest] == episode.query_labels)
+    learner, lam = NearestNeighbour(episodes.ways), {"network": PerImage(jnp.ravel)}
+    return accuracies_by_steps(learner, lam, episodes, classes, key, count, steps=1)[:, 0]
 
 
 def interval(accuracies: np.ndarray) -> dict[str, Any]:

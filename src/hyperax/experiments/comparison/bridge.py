@@ -61,8 +61,8 @@ class BridgeTable1(Comparison):
         pretrained = multiclass_training(self.dataset, "pretrained", 64)
         named = lambda rows, *names: tuple(row for row in rows if row.name in names)
         return (
-            fine_tuned(pretrained, "Fine-tuning", _table_1("Fine-tuning")),
-            readout(pretrained, "conv", "Nearest neighbour", _table_1("Nearest neighbour"), nearest=True),
+            fine_tuned(self.dataset, pretrained, "Fine-tuning", _table_1("Fine-tuning")),
+            readout(self.dataset, pretrained, "conv", "Nearest neighbour", _table_1("Nearest neighbour"), nearest=True),
             *named(metric_learners(self.dataset, _table_1), "Matching nets"),
             *named(initialisations(self.dataset, _table_1), "MAML"),
             learned_step_size(self.dataset, _table_1("Hyper-representation")),
@@ -74,7 +74,7 @@ class BridgeTable1(Comparison):
 class BridgeTable2(Comparison):
     """Pretrained representations at three depths of two networks, and what meta-learning makes of training sets alone.
 
-    1x5 and 16x5: episodes of 5 classes with 1 and 16 support images a class, without a validation set.
+    1x5 and 16x5: training episodes of the 5 classes with 1 and 16 support images a class, without a validation set.
     """
 
     kind: ClassVar[str] = "bridge-table2"
@@ -93,12 +93,12 @@ class BridgeTable2(Comparison):
         wide = multiclass_training(data, "nn", 64)
         narrow = multiclass_training(data, "multiclass", 32)
         rows = [
-            readout(wide, "conv", "NN-conv", published(39.97)),
-            readout(wide, "linear", "NN-linear", published(41.50)),
-            readout(wide, "softmax", "NN-softmax", published(41.36)),
-            readout(narrow, "conv", "Multiclass-conv", published(36.57)),
-            readout(narrow, "linear", "Multiclass-linear", published(43.02)),
-            readout(narrow, "softmax", "Multiclass-softmax", published(37.60)),
+            readout(data, wide, "conv", "NN-conv", published(39.97)),
+            readout(data, wide, "linear", "NN-linear", published(41.50)),
+            readout(data, wide, "softmax", "NN-softmax", published(41.36)),
+            readout(data, narrow, "conv", "Multiclass-conv", published(36.57)),
+            readout(data, narrow, "linear", "Multiclass-linear", published(43.02)),
+            readout(data, narrow, "softmax", "Multiclass-softmax", published(37.60)),
         ]
         for shots, values in ((1, (27.36, 24.74, 24.70)), (16, (29.63, 38.80, 40.46))):
             sets = support_only(shots)
@@ -107,7 +107,7 @@ class BridgeTable2(Comparison):
                 variant(data, f"Approx-train {shots}x5", sets, published(values[1]), FirstOrder),
                 classic(data, f"Classic-train {shots}x5", sets, published(values[2]), period=4),
             ]
-        split = held_out(5, 15)
+        split = held_out(None, 15)
         reference = numbers(mini((47.01, 1.35)), BRIDGE_1, OVERLAPPING)
         return (
             *rows,

@@ -43,7 +43,8 @@ def accuracies_figure(records: Sequence[Mapping[str, Any]], published: Mapping[t
         panel.set_ylim(-0.7, len(rows) - 0.4)
         style(panel, ylabel="")
         panel.set_title(Setting.named(setting).words, loc="left", fontsize=9, color=INK)
-    legend(panels[0], "best")
+    above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3, "frameon": False}
+    panels[0].legend(fontsize=8.5, labelcolor=INK, borderaxespad=0.1, **above)
     panels[-1].set_xlabel("accuracy on unseen classes (%)", color=INK)
     caption = (
         "<strong>Accuracy on unseen classes</strong>, with 95 % intervals over the same episodes. Support and query "
@@ -67,7 +68,7 @@ def differences_figure(setting: Setting, table: Mapping[str, Mapping[str, Mappin
                 told = abs(means[i, j]) > halves[i, j]
                 dark = abs(means[i, j]) > 0.6 * largest
                 panel.text(
-                    j, i, f"{means[i, j]:+.1f}", ha="center", va="center", fontsize=7,
+                    j, i, f"{means[i, j]:+.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=7,
                     color="white" if dark else INK, fontweight="bold" if told else "normal",
                 )  # fmt: skip
     panel.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7.5)
@@ -89,6 +90,8 @@ def curves_figure(curves: Sequence[tuple[Setting, str, Part]]) -> Shown:
         here = [(name, part) for at, name, part in curves if at == setting]
         for i, (name, part) in enumerate(here):
             points = [(r["step"], 100 * r["accuracy"]) for r in part.records if r["what"] == "validation"]
+            if not points:  # it diverged before the first
+                continue
             line = ("-", "--", ":")[i // len(_COLORS) % 3]
             label = name.removeprefix(f"{setting.name}-")
             panel.plot(

@@ -164,11 +164,19 @@ class Comparison(Study):
             "overlapping, %",
             "published, %",
             "T",
-            "hyperiterations",
+            "best of hyperiterations",
+            "trained on",
             "batch statistics",
         ]
         rows = [self._row(record, accuracies, measured) for record, accuracies in tests]
-        return {
+        diverged = [
+            f"{record['training']} ({Setting.named(record['setting']).words})"
+            for part in measured.values()
+            for record in part.records
+            if record["what"] == "training" and record["stopped"].startswith("diverged")
+        ]
+        stopped = {"stopped": f"diverged: {', '.join(diverged)}; the last good iterate was tested"} if diverged else {}
+        return stopped | {
             "headline": self.headline(tests),
             "table": {"columns": columns, "rows": rows},
             "notes": self.notes(),
@@ -196,15 +204,20 @@ class Comparison(Study):
             "are over episodes of one trained learner, not over trainings.",
             f"Support and query sets ({self.queries} images a class) are disjoint but in the column that says "
             "overlapping: there they are drawn independently, as in the public code of the hyper-representation "
-            "papers. Training is disjoint everywhere.",
+            "papers. In training they are disjoint, or the query set is the support set where the table says so.",
             "Batch normalisation takes its statistics from the images at hand (no running averages). Each set's own: "
             "support and query each by itself, so that the prediction for a query image depends on the others "
             "(transductive).",
-            f"The iterate ({self.validations} evaluations) and T were chosen on validation classes. This run had "
-            f"{100 * self.budget:g} % of the full number of hyperiterations.",
+            f"The iterate ({self.validations} evaluations) was chosen on validation classes, of a training that serves "
+            f"several rows by the first of them; {self._choice_of_steps()} This run had {100 * self.budget:g} % of the "
+            "full number of hyperiterations.",
             *dict.fromkeys(f"{entrant.name}: {entrant.note}" for entrant in self.chosen_entrants() if entrant.note),
             *self._sources(),
         ]
+
+    def _choice_of_steps(self) -> str:
+        chosen = any(entrant.most_steps for entrant in self.chosen_entrants())
+        return "so was T, where it matters." if chosen else "T is that of training."
 
     def _sources(self) -> list[str]:
         found = [
@@ -212,7 +225,7 @@ class Comparison(Study):
             for entrant in self.chosen_entrants()
             for setting in self.chosen_settings()
         ]
-        sources = dict.fromkeys(f"{number.source}, {number.protocol}" for number in found if number)
+        sources = dict.fromkeys(f"{number.source} ({number.protocol})" for number in found if number)
         return [f"Published numbers: {'; '.join(sources)}."] if sources else []
 
     def _published(self, entrant: Entrant, setting: Setting) -> Any:
@@ -235,7 +248,8 @@ class Comparison(Study):
             _percent(record["overlapping"]),
             _percent({"accuracy": published.accuracy, "ci95": published.ci95}) if published else "–",
             "–" if record["steps"] is None else str(record["steps"]),
-            f"{trained['best']:,} of {trained['hyperiterations']:,}",
+            f"{trained['best']:,} of {self.hyperiterations(entrant.training):,}{_ended(trained)}",
+            trained_on(entrant.training, setting),
             _STATISTICS[record["statistics"]],
         ]
 
@@ -298,6 +312,23 @@ def _training(measured: Mapping[str, Part], record: Mapping[str, Any]) -> Mappin
         for r in part.records
         if r["what"] == "training" and (r["setting"], r["training"]) == (record["setting"], record["training"])
     )
+
+
+def _ended(trained: Mapping[str, Any]) -> str:
+    """How a training ended, where it did not do all its hyperiterations."""
+    if trained["stopped"].startswith("completed"):
+        return ""
+    how = "diverged" if trained["stopped"].startswith("diverged") else "stopped"
+    return f", {how} at {trained['hyperiterations']:,}"
+
+
+def trained_on(training: Training, setting: Setting) -> str:
+    """The tasks of a training, in words."""
+    sampler = training.sampler(setting)
+    if not isinstance(sampler, Episodes):
+        return "images of all classes"
+    queries = f"{sampler.queries} queries a class" if sampler.held_out else "query = support set"
+    return f"{sampler.ways}-way {sampler.shots}-shot, {queries}, T = {training.steps}"
 
 
 def _percent(score: Mapping[str, Any]) -> str:

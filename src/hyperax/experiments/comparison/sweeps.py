@@ -62,6 +62,8 @@ class Figure6(Sweep):
     validations: int = 40
 
     def __post_init__(self) -> None:
+        if not self.inner_steps:
+            raise ValueError("inner_steps is empty: give at least one T")
         for steps in self.inner_steps:
             check_steps(steps, "inner_steps", 1)
         check_steps(self.patience, "patience", 1)
@@ -78,16 +80,17 @@ class Figure6(Sweep):
 
     def entrants(self) -> tuple[Entrant, ...]:
         """One for each T; the residual network on miniImageNet, as in the paper."""
-        network = "rn" if self.dataset == "miniimagenet" else "auto"
+        residual = self.dataset == "miniimagenet"
         rows = [
             variant(
                 self.dataset,
                 name,
-                held_out(5, 15),
+                held_out(None, 15),
                 steps=steps,
-                network=network,
+                network="rn" if residual else "auto",
+                tasks=2 if residual else 4,
                 patience=self.patience,
-                step_size=0.04 if network == "rn" else None,
+                step_size=0.04 if residual else None,
             )
             for name, steps in self.points().items()
         ]
@@ -111,6 +114,8 @@ class ValidationSize(Sweep):
     """Query images a class in training."""
 
     def __post_init__(self) -> None:
+        if not self.sizes:
+            raise ValueError("sizes is empty: give at least one number of query images a class")
         for size in self.sizes:
             check_steps(size, "sizes")
         super().__post_init__()
@@ -127,6 +132,6 @@ class ValidationSize(Sweep):
     def entrants(self) -> tuple[Entrant, ...]:
         """One for each size."""
         return tuple(
-            variant(self.dataset, name, held_out(5, size) if size else support_only())
+            variant(self.dataset, name, held_out(None, size) if size else support_only())
             for name, size in self.points().items()
         )

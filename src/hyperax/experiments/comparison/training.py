@@ -13,12 +13,12 @@ import numpy as np
 import optax
 
 from hyperax.checkpoint import Checkpoint
-from hyperax.experiments.comparison.entrants import Entrant, Setting, Training, sample_many
+from hyperax.experiments.comparison.entrants import Entrant, Setting, sample_many
+from hyperax.experiments.preparing import make_network
 from hyperax.experiments.study import Part, Place
 from hyperax.fewshot.evaluation import accuracies_by_steps, interval
 from hyperax.fewshot.image_classes import ImageClasses, MetaDataset
 from hyperax.fewshot.learners.learner import Learner
-from hyperax.fewshot.networks import C4L, Network, OmniglotNet, ResidualNet
 from hyperax.minimize import Solution, minimize
 from hyperax.stopping import Validation
 from hyperax.tasks import mean_over_tasks
@@ -32,17 +32,6 @@ _PURPOSES = ("initialisation", "training", "validation", "steps", "test", "overl
 def key_for(seed: int, purpose: str) -> jax.Array:
     """The random key of a purpose: the same for all learners, so that they see the same episodes."""
     return jax.random.fold_in(jax.random.key(seed), _PURPOSES.index(purpose))
-
-
-def build_network(training: Training, image_shape: tuple[int, int, int], key: jax.Array) -> Network:
-    """The initial network of a training."""
-    name = training.network
-    if name == "auto":
-        name = "c4l" if min(image_shape[:2]) >= 64 else "omniglot"
-    if name == "rn":
-        return ResidualNet(image_shape, key)
-    kind = {"omniglot": OmniglotNet, "c4l": C4L}[name]
-    return kind(image_shape, key) if training.filters is None else kind(image_shape, key, training.filters)
 
 
 @dataclass(frozen=True)
@@ -119,6 +108,7 @@ def measure(config: Comparison, setting: Setting, entrants: list[Entrant], data:
         "seconds": round(time.perf_counter() - begin, 1),
     }
     if place.writes:
+        place.folder.mkdir(parents=True, exist_ok=True)
         eqx.tree_serialise_leaves(place.folder / "lam.eqx", solution.lam)
     curve = [
         {"what": "validation", "setting": setting.name, "step": record["step"], **record["validation"]}
@@ -139,7 +129,7 @@ def _train(tested: Tested, train: ImageClasses, validation: ImageClasses, place:
     sampler = training.sampler(tested.setting)
     learner = training.learner(getattr(sampler, "ways", train.num_classes))
     for_network, for_learner = jax.random.split(key_for(config.seed, "initialisation"))
-    network = build_network(training, train.image_shape, for_network)
+    network = make_network(training.network, train.image_shape, for_network, training.filters)
     steps = config.hyperiterations(training)
     every = max(1, -(-steps // config.validations))
     tasks, devices = config.tasks_of(training), 1 if place.mesh is None else place.mesh.size
