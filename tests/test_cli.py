@@ -90,7 +90,7 @@ def refused(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "there is no command 'train': use list, run, resume, report, data"),
+        (["train"], "there is no command 'train': use list, run, resume, join, report, data"),
         (["run"], "something is missing: hyperax run RECIPE"),
         (["run", "omniglot-5way"], "there is no recipe 'omniglot-5way': did you mean omniglot-"),
         (["run", "x"], "known are glyphs-5way-1shot, omniglot-5way-1shot"),
