@@ -127,6 +127,28 @@ def test_patches_are_a_convolution(size, stride, shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), bent(patched), bent(native))
 
 
+@pytest.mark.parametrize("inputs", [3, 16])  # narrow and wide patches are multiplied differently
+def test_derivatives_of_a_convolution(inputs):
+    draw = np.random.default_rng(0)
+    shapes = [(2, 5, 6, inputs), (3, 3, inputs, 4)]
+    at, along = ([jnp.asarray(draw.normal(size=shape)) for shape in shapes] for _ in range(2))
+    native = lambda x, weight: jax.lax.conv_general_dilated(
+        x, weight, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+    def derivatives(f):
+        slope = jax.grad(lambda x, weight: jnp.sum(jnp.sin(f(x, weight))), argnums=(0, 1))
+        both = lambda x, weight: jax.jvp(slope, (x, weight), tuple(along))
+        two = [jnp.stack([leaf, 0.5 * leaf]) for leaf in at]
+        return jax.jit(jax.vmap(both))(*two)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
+        derivatives(lambda x, weight: convolve(x, weight, 2)),
+        derivatives(native),
+    )
+
+
 @pytest.mark.parametrize("shape", [(4, 6), (5, 7)], ids=str)
 @pytest.mark.parametrize("padding", ["VALID", "SAME"])
 def test_max_pool(padding, shape):

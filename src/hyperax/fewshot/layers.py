@@ -79,8 +79,12 @@ def convolve(x: Activations, weight: Float[Array, "size size inputs outputs"], s
     # On a CPU, XLA's own convolution is slow in loops and under vmap; patches times a matrix is a plain product. Of two
     # matrices: the gradient of a product with more axes is computed from a transposed copy of the cotangent.
     size, inputs, outputs = weight.shape[0], weight.shape[2], weight.shape[3]
-    seen = patches(x, size, stride)
-    product = seen.reshape(-1, seen.shape[-1]) @ weight.reshape(size * size * inputs, outputs)
+    seen, matrix = patches(x, size, stride), weight.reshape(size * size * inputs, outputs)
+    if inputs >= 16:
+        # cotangent^T patches is faster than patches^T cotangent by a quarter to a half, unless the patches are narrow;
+        # without the barrier, XLA would turn the one into the other.
+        matrix = jax.lax.optimization_barrier(matrix.T).T
+    product = seen.reshape(-1, seen.shape[-1]) @ matrix
     return product.reshape(*seen.shape[:-1], outputs)
 
 
