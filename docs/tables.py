@@ -48,8 +48,8 @@ def runs() -> str:
         validated = json.loads((path.parent / "config.json").read_text())["validation_episodes"]
         options = "" if validated == 600 else f" --validation-episodes {validated}"  # 600 is the recipes'
         lines.append(
-            f"- `hyperax run {run['recipe']} --seed {run['seed']}{options}`: {run['hyperiterations']} hyperiterations in "
-            f"{run['timing']['seconds'] / 60:.0f} minutes, T = {run['test']['steps']} chosen on validation classes, "
+            f"- `hyperax run {run['recipe']} --seed {run['seed']}{options}`: {run['hyperiterations']} hyperiterations "
+            f"in {run['timing']['seconds'] / 60:.0f} minutes, T = {run['test']['steps']} chosen on validation classes, "
             f"{run['test']['episodes']} test episodes, {run['machine']}, commit {run['commit']}."
         )
     return "\n".join(lines)
