@@ -33,6 +33,7 @@ bench: $(VENV)/run
 # Other libraries have an environment of their own; hyperax runs there from src/.
 bench-peers: $(VENV)/run $(PEERS)/installed
 	$(BIN)/python -m benchmarks.peers.run
+	$(BIN)/python -m benchmarks.few_shot.run
 	$(BIN)/python -m benchmarks.data_cleaning
 	$(BIN)/python -m benchmarks.figures
 
