@@ -180,12 +180,16 @@ def test_runs_of_different_learners_are_joined_to_one(finished, tmp_path):
     joined = study.join(Tiny, tmp_path / "joined", [tmp_path / "a", tmp_path / "b"])
     assert joined["table"] == summary["table"]
     assert joined["differences"] == summary["differences"]
+    with pytest.raises(ValueError, match="2way-1shot-ours, and so did"):
+        study.join(Tiny, tmp_path / "again", [tmp_path / "joined", tmp_path / "b"])
     (tmp_path / "b" / "parts.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has not finished 2way-1shot-ours"):
+    with pytest.raises(ValueError, match="no finished part"):
         study.join(Tiny, tmp_path / "again", [tmp_path / "a", tmp_path / "b"])
-    other = RunFolder.create(tmp_path / "c", Tiny(**SMALL, learners=("ours",), seed=1))
+    lines = RunFolder(tmp_path / "a").lines("parts.jsonl")
+    RunFolder(tmp_path / "a").replace_lines("parts.jsonl", lines[:1])  # interrupted after its first part
+    assert len(study.join(Tiny, tmp_path / "interim", [tmp_path / "a"])["table"]["rows"]) == 1
     with pytest.raises(ValueError, match="but for --learners"):
-        study.join(Tiny, tmp_path / "again", [tmp_path / "a", other.path])
+        Tiny.united([Tiny(**SMALL, learners=("ours",)), Tiny(**SMALL, seed=1)], ["2way-1shot-ours"])
     assert not (tmp_path / "again").exists()
 
 

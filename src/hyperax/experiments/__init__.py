@@ -181,11 +181,12 @@ def join(out: str | Path, folders: Sequence[str | Path], **options: Any) -> dict
 
     Arguments:
         out: a folder that is empty or does not exist.
-        folders: finished runs, whose configurations are the same but for their learners, or but for their settings.
+        folders: runs whose configurations are the same but for their learners and settings; of one that has not ended
+            its finished learners count.
         options: `progress`.
 
     Returns: what `summary.json` holds: that of one run with all the learners.
-    Raises: `ValueError` for runs of different kinds, configurations or data, or that have not finished.
+    Raises: `ValueError` for runs of different kinds, configurations or data, or without a finished learner.
 
     >>> join("runs/table3", ["runs/maml", "runs/matching"])["kind"]  # doctest: +SKIP
     'table3'

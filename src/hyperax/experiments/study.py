@@ -125,8 +125,8 @@ class Study(abc.ABC):
         return ""
 
     @classmethod
-    def united(cls, configs: Sequence[Self]) -> Self:
-        """One configuration with the parts of all; `ValueError` if they do not go together."""
+    def united(cls, configs: Sequence[Self], parts: Sequence[str]) -> Self:
+        """One configuration that has just these parts of all; `ValueError` if they do not go together."""
         raise ValueError(f"runs of the kind {cls.kind} cannot be joined")
 
     def check_devices(self, count: int) -> None:
@@ -231,33 +231,33 @@ def join(
     Arguments:
         kind: the class of their configurations.
         out: a folder that is empty or does not exist.
-        folders: run folders whose configurations differ in what `Study.united` puts together only; finished ones.
+        folders: run folders whose configurations differ in what `Study.united` puts together only. Of one that has not
+            ended its finished parts count.
         progress: as in `run`.
 
     Returns: what `summary.json` holds: that of one run that measured all parts.
-    Raises: `ValueError` for configurations or data that do not go together, or a run that has not finished.
+    Raises: `ValueError` for configurations or data that do not go together, or runs without a finished part.
     Cost: copying files.
     """
     RunFolder(out).require_unused()
     opened = [RunFolder.open(folder, kind.from_json) for folder in folders]
-    config = kind.united([config for _, config in opened])
     source = opened[0][0].read_json("source.json")
     ended: dict[str, dict[str, Any]] = {}
     measured: dict[str, Part] = {}
     kept: dict[str, Path] = {}
-    for folder, part in opened:
+    for folder, of_folder in opened:
         if folder.read_json("source.json") != source:
             raise ValueError(f"{folder.path} and {opened[0][0].path} are of different data: join runs of the same")
-        found, lines = _measured(part, folder)
-        missing = [name for name in part.parts() if name not in found]
-        if missing:
-            raise ValueError(f"{folder.path} has not finished {missing[0]}: `hyperax resume {folder.path}` first")
+        found, lines = _measured(of_folder, folder)
+        if not found:
+            raise ValueError(f"{folder.path} has no finished part yet: `hyperax resume {folder.path}` goes on with it")
         twice = sorted(set(found) & set(measured))
         if twice:
             raise ValueError(f"{folder.path} measured {twice[0]}, and so did a run before it: join runs of other parts")
         measured |= found
         ended |= {line["part"]: line for line in lines}
         kept |= {name: folder.path / "parts" / name for name in found}
+    config = kind.united([config for _, config in opened], list(measured))
     joined = RunFolder.create(out, config, opened[0][0].data_dir())
     joined.write_json("source.json", source)
     parts = [name for name in config.parts() if name in measured]
@@ -270,9 +270,9 @@ def join(
     joined.replace_lines("parts.jsonl", [ended[name] for name in parts])
     times = [line for folder, _ in opened for line in _last_times(folder)]
     joined.replace_lines("timings.jsonl", [line | {"session": i + 1} for i, line in enumerate(times)])
-    summaries = [folder.read_json("summary.json") or {} for folder, _ in opened]
+    summaries = [folder.read_json("summary.json") or folder.read_json("environment.json") or {} for folder, _ in opened]
     # Where they were measured, not where they are joined.
-    said = lambda name: list(dict.fromkeys(str(summary.get(name)) for summary in summaries))
+    said = lambda name: list(dict.fromkeys(str(summary.get(name, "unknown")) for summary in summaries))
     versions = [summary.get("versions", {}) for summary in summaries]
     names = dict.fromkeys(name for found in versions for name in found)
     where: dict[str, Any] = {name: ", ".join(said(name)) for name in ("commit", "machine")}
@@ -316,6 +316,7 @@ def _run(
     }
     measured, ended = _measured(config, folder)
     folder.begin_session()
+    folder.write_json("environment.json", where)
     names = config.parts()
     for at, name in enumerate(names):
         if name in measured:

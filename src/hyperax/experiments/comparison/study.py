@@ -127,17 +127,21 @@ class Comparison(Study):
         return Opened(data, data.provenance)
 
     @classmethod
-    def united(cls, configs: Sequence[Self]) -> Self:
-        """Runs that differ in their learners only, or in their settings only."""
-        for name in ("learners", "settings"):
-            together = tuple(dict.fromkeys(value for config in configs for value in getattr(config, name)))
-            candidates = {replace(config, **{name: together}) for config in configs}
-            named = len(configs) == 1 or all(getattr(config, name) for config in configs)
-            if len(candidates) == 1 and named:
-                return candidates.pop()
-        raise ValueError(
-            "only runs whose configurations are the same but for --learners, or but for --settings, can be joined"
+    def united(cls, configs: Sequence[Self], parts: Sequence[str]) -> Self:
+        """Runs that are the same but for their learners and settings, all learners in all settings."""
+        alike = {replace(config, learners=(), settings=()) for config in configs}
+        settings = dict.fromkeys(setting for config in configs for setting in config.chosen_settings())
+        there = [setting.name for setting in settings if any(part.startswith(f"{setting.name}-") for part in parts)]
+        names = dict.fromkeys(
+            part.removeprefix(f"{name}-") for name in there for part in parts if part.startswith(name)
         )
+        united = replace(configs[0], learners=tuple(names), settings=tuple(there))
+        if len(alike) > 1:
+            raise ValueError("only runs whose configurations are the same but for --learners and --settings are joined")
+        missing = [part for part in united.parts() if part not in parts]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing: join runs with the same learners in each setting")
+        return united
 
     def parts(self) -> Sequence[str]:
         """One a training and setting."""
