@@ -13,7 +13,7 @@ import pytest
 
 import hyperax as hx
 import tiny
-from hyperax.experiments import comparison, recipe, study
+from hyperax.experiments import comparison, joining, recipe, study
 from hyperax.experiments.comparison import COMPARISONS, roster, training
 from hyperax.experiments.comparison.entrants import Entrant, Setting, Training, held_out, sample_many, support_only
 from hyperax.experiments.comparison.study import Comparison
@@ -177,17 +177,17 @@ def test_runs_of_different_learners_are_joined_to_one(finished, tmp_path):
             folder.replace_lines(file, kept)
         for part in config.parts():
             folder.write_arrays(part, RunFolder(whole).read_arrays(part))
-    joined = study.join(Tiny, tmp_path / "joined", [tmp_path / "a", tmp_path / "b"])
+    joined = joining.join(Tiny, tmp_path / "joined", [tmp_path / "a", tmp_path / "b"])
     assert joined["table"] == summary["table"]
     assert joined["differences"] == summary["differences"]
     with pytest.raises(ValueError, match="2way-1shot-ours, and so did"):
-        study.join(Tiny, tmp_path / "again", [tmp_path / "joined", tmp_path / "b"])
+        joining.join(Tiny, tmp_path / "again", [tmp_path / "joined", tmp_path / "b"])
     (tmp_path / "b" / "parts.jsonl").write_text("")
     with pytest.raises(ValueError, match="no finished part"):
-        study.join(Tiny, tmp_path / "again", [tmp_path / "a", tmp_path / "b"])
+        joining.join(Tiny, tmp_path / "again", [tmp_path / "a", tmp_path / "b"])
     lines = RunFolder(tmp_path / "a").lines("parts.jsonl")
     RunFolder(tmp_path / "a").replace_lines("parts.jsonl", lines[:1])  # interrupted after its first part
-    assert len(study.join(Tiny, tmp_path / "interim", [tmp_path / "a"])["table"]["rows"]) == 1
+    assert len(joining.join(Tiny, tmp_path / "interim", [tmp_path / "a"])["table"]["rows"]) == 1
     with pytest.raises(ValueError, match="but for --learners"):
         Tiny.united([Tiny(**SMALL, learners=("ours",)), Tiny(**SMALL, seed=1)], ["2way-1shot-ours"])
     assert not (tmp_path / "again").exists()

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hyperax.experiments import effect_of_t, few_shot, report, study
+from hyperax.experiments import effect_of_t, few_shot, joining, report, study
 from hyperax.experiments.config import FewShotConfig, Published
 from hyperax.experiments.effect_of_t import EffectOfTConfig
 from hyperax.experiments.few_shot import load
@@ -198,7 +198,7 @@ def join(out: str | Path, folders: Sequence[str | Path], **options: Any) -> dict
         raise ValueError("runs of one kind can be joined, at least one: name their folders")
     if not issubclass(kinds[0].config, study.Study):
         raise ValueError(f"runs of {kinds[0].config.__name__} cannot be joined")
-    return study.join(kinds[0].config, out, folders, **options)
+    return joining.join(kinds[0].config, out, folders, **options)
 
 
 def write_report(folder: str | Path) -> Path:

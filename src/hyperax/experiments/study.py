@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -182,7 +181,7 @@ def run(
     processes.agree("the run", {"config": config.to_json(), "data": opened.provenance})
     folder = processes.together(lambda: RunFolder.create(out, config, data_dir, processes.is_first))
     folder.write_json("source.json", opened.provenance)
-    return _run(config, folder, opened, mesh, progress)
+    return measure_parts(config, folder, opened, mesh, progress)
 
 
 def resume(
@@ -220,69 +219,7 @@ def resume(
 
     folder, config, opened = processes.together(prepare)
     processes.agree("the run", {"config": config.to_json(), "parts": folder.lines("parts.jsonl")})
-    return _run(config, folder, opened, mesh, progress)
-
-
-def join(
-    kind: type[Study], out: str | Path, folders: Sequence[str | Path], *, progress: bool = False
-) -> dict[str, Any]:
-    """Make one run of several that measured different parts (on several machines, say), and return its summary.
-
-    Arguments:
-        kind: the class of their configurations.
-        out: a folder that is empty or does not exist.
-        folders: run folders whose configurations differ in what `Study.united` puts together only. Of one that has not
-            ended its finished parts count.
-        progress: as in `run`.
-
-    Returns: what `summary.json` holds: that of one run that measured all parts.
-    Raises: `ValueError` for configurations or data that do not go together, or runs without a finished part.
-    Cost: copying files.
-    """
-    RunFolder(out).require_unused()
-    opened = [RunFolder.open(folder, kind.from_json) for folder in folders]
-    source = opened[0][0].read_json("source.json")
-    ended: dict[str, dict[str, Any]] = {}
-    measured: dict[str, Part] = {}
-    kept: dict[str, Path] = {}
-    for folder, of_folder in opened:
-        if folder.read_json("source.json") != source:
-            raise ValueError(f"{folder.path} and {opened[0][0].path} are of different data: join runs of the same")
-        found, lines = _measured(of_folder, folder)
-        if not found:
-            raise ValueError(f"{folder.path} has no finished part yet: `hyperax resume {folder.path}` goes on with it")
-        twice = sorted(set(found) & set(measured))
-        if twice:
-            raise ValueError(f"{folder.path} measured {twice[0]}, and so did a run before it: join runs of other parts")
-        measured |= found
-        ended |= {line["part"]: line for line in lines}
-        kept |= {name: folder.path / "parts" / name for name in found}
-    config = kind.united([config for _, config in opened], list(measured))
-    joined = RunFolder.create(out, config, opened[0][0].data_dir())
-    joined.write_json("source.json", source)
-    parts = [name for name in config.parts() if name in measured]
-    for name in parts:
-        if measured[name].arrays:
-            joined.write_arrays(name, measured[name].arrays)
-        if kept[name].exists():
-            shutil.copytree(kept[name], joined.path / "parts" / name)
-    joined.replace_lines("records.jsonl", [dict(record) for name in parts for record in measured[name].records])
-    joined.replace_lines("parts.jsonl", [ended[name] for name in parts])
-    times = [line for folder, _ in opened for line in _last_times(folder)]
-    joined.replace_lines("timings.jsonl", [line | {"session": i + 1} for i, line in enumerate(times)])
-    summaries = [folder.read_json("summary.json") or folder.read_json("environment.json") or {} for folder, _ in opened]
-    # Where they were measured, not where they are joined.
-    said = lambda name: list(dict.fromkeys(str(summary.get(name, "unknown")) for summary in summaries))
-    versions = [summary.get("versions", {}) for summary in summaries]
-    names = dict.fromkeys(name for found in versions for name in found)
-    where: dict[str, Any] = {name: ", ".join(said(name)) for name in ("commit", "machine")}
-    where["versions"] = {name: ", ".join(dict.fromkeys(str(found.get(name)) for found in versions)) for name in names}
-    return _run(config, joined, Opened(None, source), None, progress, where)
-
-
-def _last_times(folder: RunFolder) -> list[dict[str, Any]]:
-    """The last line of each session."""
-    return list({line["session"]: line for line in folder.lines("timings.jsonl")}.values())
+    return measure_parts(config, folder, opened, mesh, progress)
 
 
 def _check_source(folder: RunFolder, opened: Opened) -> None:
@@ -297,7 +234,7 @@ def _check_source(folder: RunFolder, opened: Opened) -> None:
         )
 
 
-def _run(
+def measure_parts(
     config: Study,
     folder: RunFolder,
     opened: Opened,
@@ -305,6 +242,7 @@ def _run(
     progress: bool,
     where: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """Measure the parts that are not finished, and write summary and report; `where`, if it was elsewhere."""
     begin = time.perf_counter()
     shown = progress and folder.writes
     say = lambda words: print(words, file=sys.stderr, flush=True) if shown else None
@@ -314,7 +252,7 @@ def _run(
         "versions": environment.versions(),
         "machine": environment.machine(),
     }
-    measured, ended = _measured(config, folder)
+    measured, ended = finished_parts(config, folder)
     folder.begin_session()
     folder.write_json("environment.json", where)
     names = config.parts()
@@ -345,7 +283,7 @@ def _run(
     return summary
 
 
-def _measured(config: Study, folder: RunFolder) -> tuple[dict[str, Part], list[dict[str, Any]]]:
+def finished_parts(config: Study, folder: RunFolder) -> tuple[dict[str, Part], list[dict[str, Any]]]:
     """The finished parts, in order, and the lines that say so."""
     ended = [line for line in folder.lines("parts.jsonl") if line["part"] in config.parts()]
     records = folder.lines("records.jsonl")
@@ -386,7 +324,7 @@ def write_report(kind: type[Study], folder: str | Path) -> Path:
         summary = opened.read_json("summary.json")
     except ValueError as error:
         raise ValueError(f"a file of {opened.path} is damaged ({error}): run the recipe again") from None
-    measured, ended = _measured(config, opened)
+    measured, ended = finished_parts(config, opened)
     shown = []
     for figure in config.figures(measured, summary) if summary else []:
         path = save(figure.figure, opened.path / "figures" / f"{figure.name}.png")
