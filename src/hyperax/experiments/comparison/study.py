@@ -253,7 +253,7 @@ class Comparison(Study):
             _percent({"accuracy": published.accuracy, "ci95": published.ci95}) if published else "–",
             "–" if record["steps"] is None else str(record["steps"]),
             f"{trained['best']:,} of {self.hyperiterations(entrant.training):,}{_ended(trained)}",
-            trained_on(entrant.training, setting),
+            trained_on(entrant.training, setting, record["steps"] is not None),
             _STATISTICS[record["statistics"]],
         ]
 
@@ -326,13 +326,13 @@ def _ended(trained: Mapping[str, Any]) -> str:
     return f", {how} at {trained['hyperiterations']:,}"
 
 
-def trained_on(training: Training, setting: Setting) -> str:
-    """The tasks of a training, in words."""
+def trained_on(training: Training, setting: Setting, adapts: bool) -> str:
+    """The tasks of a training, in words, with T where it matters."""
     sampler = training.sampler(setting)
     if not isinstance(sampler, Episodes):
         return "images of all classes"
     queries = f"{sampler.queries} queries a class" if sampler.held_out else "query = support set"
-    return f"{sampler.ways}-way {sampler.shots}-shot, {queries}, T = {training.steps}"
+    return f"{sampler.ways}-way {sampler.shots}-shot, {queries}" + (f", T = {training.steps}" if adapts else "")
 
 
 def _percent(score: Mapping[str, Any]) -> str:
