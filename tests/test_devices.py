@@ -102,7 +102,7 @@ def one_process(folder):
     run = lambda name, *more: ["run", *words, "--out", f"{folder}/{name}", *more]
     statuses = commands([run("one"), run("eight", "--mesh", "8")])
     small = [small_problem(mesh, Path(folder) / name) for name, mesh in (("a", None), ("b", start(Devices(mesh=8))))]
-    return [statuses, small, small_comparison(None, Path(folder) / "compared-alone")]
+    return [statuses, small]
 
 
 def small_comparison(mesh, folder):
@@ -215,16 +215,16 @@ def test_only_the_first_process_writes_and_all_refuse_together(answers, folder):
         assert "the run.config.seed is 0 in process 0 and 1 in process 1: start all processes with" in said[1]
         assert f"process 1: {folder}/elsewhere is not a run folder" in said[2]
     names = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert names == {"images", "cache", "compiled", "one", "eight", "two", "a", "b", "c", "compared", "compared-alone"}
+    assert names == {"images", "cache", "compiled", "one", "eight", "two", "a", "b", "c", "compared"}
     outputs = [(folder / name).read_text() for name in sorted(p.name for p in folder.glob("one_of_two*.log"))]
     assert ["accuracy on unseen classes" in output for output in outputs] == [True, False]
     assert not [path for path in (folder / "two").rglob("*") if path.suffix in (".new", ".unfinished")]
 
 
-def test_a_comparison_over_two_processes_has_the_table_of_one(answers, folder):
-    tables = [answer[2] for answer in answers]
-    assert tables[0] == tables[1] == tables[2]
-    assert tables[0][0] == tables[0][1]  # after a resume
+def test_a_comparison_over_two_processes_is_one_comparison(answers, folder):
+    (table, resumed), other = (answer[2] for answer in answers[1:])
+    assert table == resumed == other[0] == other[1]
+    assert len(table) == 1
     assert (folder / "compared" / "report.html").exists()
 
 

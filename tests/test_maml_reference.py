@@ -1,4 +1,4 @@
-"""MAML's hypergradient against loops that share nothing with the core, the layers or the learners, in float64."""
+"""MAML's hypergradient against torch.func in float64, where torch is; test_initialisation.py has a plain JAX loop."""
 
 import equinox as eqx
 import jax
@@ -44,43 +44,6 @@ def parameters(lam):
     network = lam["network"]
     layers = [c.weight for c in network.convolutions], [n.beta for n in network.normalisations]
     return [np.asarray(leaf) for leaf in (*layers[0], *layers[1], *lam["head"])]
-
-
-def loss(w, images, labels):
-    """XLA's own convolution and the formulas of the paper: nothing of hyperax."""
-    x = images / 255.0
-    for kernel, shift in zip(w[:4], w[4:8], strict=True):
-        x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x = jnp.maximum((x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-3) + shift, 0.0)
-    log_probabilities = jax.nn.log_softmax(x.reshape(len(x), -1) @ w[8].T + w[9])
-    return -jnp.mean(log_probabilities[jnp.arange(len(x)), labels])
-
-
-slope = jax.jit(jax.value_and_grad(loss))
-curvature = jax.jit(lambda w, p, x, y: jax.jvp(lambda w: jax.grad(loss)(w, x, y), (w,), (p,))[1])
-step = lambda w, g: [a - STEP_SIZE * b for a, b in zip(w, g, strict=True)]
-
-
-def plain_loop(w, support, support_labels, query, query_labels):
-    """f_T and its gradient alpha_0: alpha_T = grad E(w_T), alpha_{t-1} = alpha_t - eta H(w_{t-1}) alpha_t."""
-    path = [w]
-    for _ in range(STEPS):
-        path.append(step(path[-1], slope(path[-1], support, support_labels)[1]))
-    value, alpha = slope(path.pop(), query, query_labels)
-    for w_t in reversed(path):
-        alpha = step(alpha, curvature(w_t, alpha, support, support_labels))
-    return value, alpha
-
-
-def test_maml_is_a_plain_loop(found):
-    value, gradient = found
-    w = [jnp.asarray(leaf) for leaf in parameters(LAM)]
-    arrays = [np.asarray(part, np.float64 if part.dtype == np.uint8 else np.int32) for part in EPISODES[:4]]
-    values, gradients = zip(*(plain_loop(w, *(part[j] for part in arrays)) for j in range(TASKS)), strict=True)
-    np.testing.assert_allclose(value, np.mean(values), rtol=1e-12)
-    for ours, *theirs in zip(gradient, *gradients, strict=True):
-        expected = np.mean(theirs, 0)
-        assert np.linalg.norm(ours - expected) <= 1e-8 * np.linalg.norm(expected) > 0
 
 
 def test_maml_is_torch_func(found):
