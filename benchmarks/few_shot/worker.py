@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import json
-import os
 import sys
 import time
-import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,7 @@ import numpy as np
 from benchmarks.few_shot.problems import load
 from benchmarks.few_shot.side import THREADS
 from benchmarks.peers.cleaning import peak_memory_mb
-from benchmarks.peers.worker import timed
+from benchmarks.peers.worker import serve, timed
 
 
 def obey(side: Any, made: list, command: dict[str, Any]) -> Any:
@@ -63,23 +59,5 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def main() -> None:
-    # Libraries may print: the replies get a channel of their own.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    warnings.simplefilter("ignore")  # of the peers, about what they import
-    side = importlib.import_module(f"benchmarks.few_shot.{sys.argv[1]}_side")
-    made: list = []
-    for line in sys.stdin:
-        try:
-            reply = obey(side, made, json.loads(line))
-        except Exception as error:  # what a peer cannot do is a result, not the end of the benchmark
-            reply = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(f"benchmarks.few_shot.{sys.argv[1]}_side", obey, THREADS)

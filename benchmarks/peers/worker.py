@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -56,18 +57,19 @@ def timed(run: Any) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def main() -> None:
+def serve(side: str, obey: Callable[[Any, list, dict[str, Any]], Any], threads: int) -> None:
+    """Obey commands on stdin with the module of a side, to the end of the input."""
     # Libraries may print: the replies get a channel of their own.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     warnings.simplefilter("ignore")  # of the peers, about what they import
-    side = importlib.import_module(f"benchmarks.peers.{sys.argv[1]}_side")
+    module = importlib.import_module(side)
     made: list = []
     for line in sys.stdin:
         try:
-            reply = obey(side, made, json.loads(line))
+            reply = obey(module, made, json.loads(line))
         except Exception as error:  # what a peer cannot do is a result, not the end of the benchmark
             reply = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         replies.write(json.dumps(reply) + "\n")
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(f"benchmarks.peers.{sys.argv[1]}_side", obey, THREADS)

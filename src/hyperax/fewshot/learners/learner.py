@@ -194,8 +194,8 @@ class OnFeatures(NamedTuple):
 class FeatureLearner(Learner):
     """A learner whose network is all in lam: h_lam is computed once an episode, w works on features.
 
-    A subclass has fields `ways` and `statistics`, and the methods `lam`, `init`, `inner` and `logits` of a `Learner`,
-    which receive features (`OnFeatures`) in place of images.
+    A subclass has fields `ways` and `statistics`, and the methods `init`, `inner` and `logits` of a `Learner`, which
+    receive features (`OnFeatures`) in place of images; and `lam`, if it has hyperparameters beside the network's.
 
     Cost: one forward and one backward pass of the network an episode, whatever T is.
     Reference: Franceschi et al. 2018, eq. 9-10.
@@ -205,6 +205,15 @@ class FeatureLearner(Learner):
     >>> issubclass(Prototypical, FeatureLearner)
     True
     """
+
+    def lam(
+        self,
+        network: Network,
+        image_shape: tuple[int, int, int] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> dict[str, Any]:
+        """The initial outer variables around a network."""
+        return {"network": network}
 
     def prepare(self, lam: Any, episode: Episode) -> OnFeatures:
         """h_lam(x) of support and query images."""

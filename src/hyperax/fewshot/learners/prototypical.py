@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, final, get_args
 
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from hyperax.fewshot.layers import Statistics
 from hyperax.fewshot.learners.formula import FormulaLearner
 from hyperax.fewshot.learners.learner import OnFeatures
 from hyperax.fewshot.learners.similarities import class_means, cosines, mean_square, squared_distances
-from hyperax.fewshot.networks import Network
 
 Distance = Literal["euclidean", "cosine"]
 
@@ -53,15 +52,6 @@ class Prototypical(FormulaLearner):
     def __check_init__(self):
         if self.distance not in get_args(Distance):
             raise ValueError(f"unknown distance {self.distance!r}: use 'euclidean' or 'cosine'")
-
-    def lam(
-        self,
-        network: Network,
-        image_shape: tuple[int, int, int] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> dict[str, Any]:
-        """The initial outer variables around a network."""
-        return {"network": network}
 
     def init(self, lam: Any, prepared: OnFeatures) -> Float[Array, "ways features"]:
         """The prototypes w_c: the class means, which minimise L; zero for a class that is not in the task."""
