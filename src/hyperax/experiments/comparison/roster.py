@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,13 +84,15 @@ def numbers(
 
 
 def table_3(
-    omniglot: tuple[float, float, float, float], mini: tuple[tuple[float, float], tuple[float, float]] | None
+    omniglot: Sequence[float | None], mini: Sequence[tuple[float, float] | None] = ()
 ) -> dict[tuple[str, Setting], tuple[float, float | None]]:
-    """A row of ICML Table 3: four numbers for Omniglot, two with intervals for miniImageNet."""
+    """A row of ICML Table 3: up to four numbers for Omniglot, up to two with intervals for miniImageNet."""
+    on_omniglot = zip((("omniglot", setting) for setting in OMNIGLOT_SETTINGS), omniglot, strict=False)
     found: dict[tuple[str, Setting], tuple[float, float | None]] = {
-        ("omniglot", setting): (value, None) for setting, value in zip(OMNIGLOT_SETTINGS, omniglot, strict=True)
+        at: (value, None) for at, value in on_omniglot if value is not None
     }
-    return found | ({("miniimagenet", FIVE_ONE): mini[0], ("miniimagenet", FIVE_FIVE): mini[1]} if mini else {})
+    on_mini = zip((("miniimagenet", setting) for setting in (FIVE_ONE, FIVE_FIVE)), mini, strict=False)
+    return found | {at: value for at, value in on_mini if value is not None}
 
 
 def mini(one: float | tuple[float, float], five: tuple[float, float] | None = None) -> dict[Any, Any]:
@@ -145,9 +147,16 @@ def trained(
     return Entrant(name, training, most_steps=most_steps, published=published, note=note)
 
 
+# On validation classes of Omniglot, after 500 hyperiterations, prototypical networks had 90.1 % with an outer learning
+# rate of 1e-3, 93.9 % with 3e-3 and 94.6 % with 6e-3.
+_METRIC_RATE = {"omniglot": 6e-3, "glyphs": 6e-3, "miniimagenet": 1e-3}
+
+
 def metric_learners(dataset: DatasetName, published: Callable[[str], Any]) -> tuple[Entrant, ...]:
     """Learners whose w is a formula of the support set."""
-    row = lambda name, learner, **options: trained(dataset, name, learner, published(name), most_steps=1, **options)
+    row = lambda name, learner, **options: trained(
+        dataset, name, learner, published(name), most_steps=1, learning_rate=_METRIC_RATE[dataset], **options
+    )
     return (
         row("Siamese nets", Siamese, note="pairs of a query and a support image of an episode, images not distorted."),
         row("Matching nets", Matching, note="cosines are multiplied by 10, where the paper prints no factor."),

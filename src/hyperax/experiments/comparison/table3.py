@@ -23,7 +23,7 @@ from hyperax.experiments.comparison.roster import (
 from hyperax.experiments.comparison.study import Comparison
 
 _PUBLISHED: dict[str, Any] = {
-    "Siamese nets": table_3((97.3, 98.4, 88.2, 97.0), None),
+    "Siamese nets": table_3((97.3, 98.4, 88.2, 97.0)),
     "Matching nets": table_3((98.1, 98.9, 93.8, 98.5), ((43.44, 0.77), (55.31, 0.73))),
     "MAML": table_3((98.7, 99.9, 95.8, 98.9), ((48.70, 1.75), (63.11, 0.92))),
     "Prototypical nets": table_3((98.8, 99.7, 96.0, 98.9), ((49.42, 0.78), (68.20, 0.66))),
