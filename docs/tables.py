@@ -20,8 +20,16 @@ sys.path.insert(0, str(ROOT))  # for benchmarks.tables
 from benchmarks.few_shot_tables import hyper_representation_peers, maml_peers  # noqa: E402
 from benchmarks.hyperparameter_tables import data_cleaning_peers, estimators  # noqa: E402
 from benchmarks.tables import costs, methods, peers, peers_steps  # noqa: E402
+from hyperax.experiments import recipe  # noqa: E402
 
-PAGES = ("README.md", "docs/methods.md", "docs/theory.md", "docs/hyperparameters.md", "docs/learners.md")
+PAGES = (
+    "README.md",
+    "docs/methods.md",
+    "docs/theory.md",
+    "docs/hyperparameters.md",
+    "docs/learners.md",
+    "docs/comparisons.md",
+)
 """The pages with blocks between <!-- name --> and <!-- end -->."""
 
 
@@ -118,13 +126,23 @@ def effect_of_t() -> str:
     return "\n".join([*lines, "", note])
 
 
-def study(run: dict[str, Any]) -> str:
+def study(folder: Path, run: dict[str, Any]) -> str:
     """Table and notes of a study, as in its report."""
-    table, recipe = run["table"], run["recipe"]
+    table, recipe_name, options = run["table"], run["recipe"], _options(folder)
     lines = [f"| {' | '.join(table['columns'])} |", f"|{'---|' * len(table['columns'])}"]
     lines += [f"| {' | '.join(row)} |" for row in table["rows"]]
-    where = f"`hyperax run {recipe} --seed {run['seed']}`: {_where(run)}."
+    where = f"`hyperax run {recipe_name}{options}`: {_where(run)}."
     return "\n".join([*lines, "", where, "", *(f"- {note}" for note in run["notes"])])
+
+
+def _options(folder: Path) -> str:
+    """What a run was told beside the defaults of its recipe, as the command line has it."""
+    config = json.loads((folder / "config.json").read_text())
+    usual = json.loads(json.dumps(recipe(config["recipe"]).to_json()))
+    told = {"seed": config["seed"]}
+    told |= {name: value for name, value in config.items() if name in usual and value != usual[name]}
+    words = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(f" --{name.replace('_', '-')} {words(value)}" for name, value in told.items())
 
 
 def studies() -> str:
@@ -159,7 +177,7 @@ def _spread(score: dict[str, float]) -> str:
 BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
 BLOCKS |= {block.__name__: block for block in (studies, comparisons, maml_peers, hyper_representation_peers)}
 BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps, estimators, data_cleaning_peers)}
-BLOCKS |= {path.parent.name.replace("-", "_"): partial(study, run) for path, run in _summaries() if "headline" in run}
+BLOCKS |= {path.parent.name.replace("-", "_"): partial(study, path.parent, run) for path, run in _summaries() if "headline" in run}
 
 
 def updated(text: str) -> str:

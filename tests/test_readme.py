@@ -54,7 +54,10 @@ def test_public_names_exist(name):
     [
         "README.md",
         "CONTRIBUTING.md",
-        *(f"docs/{x}.md" for x in ("design", "few-shot", "hyperparameters", "methods", "theory")),
+        *(
+            f"docs/{x}.md"
+            for x in ("comparisons", "design", "few-shot", "hyperparameters", "learners", "methods", "theory")
+        ),
     ],
 )
 def test_links_lead_somewhere(name):
