@@ -11,7 +11,9 @@ from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
 from hyperax.constraints import Box, Constraint, Logarithmic, Positive, Projected, UnitInterval
 from hyperax.cross_validation import Fold, folds
-from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, Newton, Optax, State
+from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, LearnedOptimizer, Newton, Optax, State
+from hyperax.explosion import ExplodingHypergradientWarning, GradientExplosion
+from hyperax.learned_optimizers import MetaTraining
 from hyperax.linear_solvers import ConjugateGradient, FixedPoint, Neumann, Nystrom
 from hyperax.methods import (
     ClosedForm,
@@ -64,6 +66,7 @@ __all__ = [
     "Doubling",
     "Dynamics",
     "EvolutionStrategy",
+    "ExplodingHypergradientWarning",
     "ExponentialTolerance",
     "FiniteDifference",
     "FirstOrder",
@@ -71,12 +74,15 @@ __all__ = [
     "Fold",
     "Forward",
     "GradientDescent",
+    "GradientExplosion",
     "GradientTolerance",
     "HeavyBall",
     "Hypergradient",
     "Hyperparameter",
     "Implicit",
+    "LearnedOptimizer",
     "Logarithmic",
+    "MetaTraining",
     "Method",
     "MixedSolution",
     "Neumann",

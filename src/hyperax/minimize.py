@@ -96,7 +96,7 @@ def minimize(
         constraint: a set for all of lam, or a pytree prefix of lam with sets and `None`; see `Constraint`.
         validation: scores lam on held-out data, keeps the best, stops when it is patient no more.
         callbacks: functions of a `Progress`, called after each record; a string returned ends the run. Ready-made:
-            `GradientTolerance`, `Plateau`.
+            `GradientTolerance`, `Plateau`, `GradientExplosion`.
         checkpoint: where and how often to save.
         resume: go on from the newest checkpoint (True; ValueError if there is none), from the newest if there is one
             ("auto"), or from the file of this name ("step-00000400.ckpt").

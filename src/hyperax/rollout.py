@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hyperax.dynamics.dynamics import Dynamics, Gradient, State
+from hyperax.dynamics.dynamics import Dynamics, Gradient, InnerGradient, State
 from hyperax.problem import Data, Lam, Problem, W
 
 Objective = Callable[[W, Lam], Any]
 
 
-def exact_gradient(objective: Objective) -> Gradient:
+def exact_gradient(objective: Objective) -> InnerGradient:
     """The gradient of the inner objective, differentiable itself: what every exact method differentiates through."""
-    return jax.grad(objective)
+    return InnerGradient(jax.value_and_grad(objective))
 
 
 def initial_state(problem: Problem, dynamics: Dynamics, lam: Lam, prepared: Data) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -12,10 +13,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from hyperax.problem import Lam, W
+from hyperax.problem import Lam, Scalar, W
 
 Gradient: TypeAlias = Callable[[W, Lam], W]
-"""(w, lam) -> the gradient of the inner objective of this step with respect to w."""
+"""(w, lam) -> the gradient of the inner objective of this step with respect to w; of the methods an `InnerGradient`."""
+
+
+@dataclass(frozen=True)
+class InnerGradient:
+    """The gradient of the inner objective of one step, and its value for the dynamics that use it.
+
+        gradient(w, lam) = grad_w L(w, lam),   gradient.value_and_gradient(w, lam) = (L(w, lam), grad_w L(w, lam))
+
+    Arguments:
+        value_and_gradient: one evaluation of both. What of it is differentiated is the method's choice.
+
+    Cost: the call is a gradient alone: compiled code leaves out a value that nothing reads.
+    """
+
+    value_and_gradient: Callable[[W, Lam], tuple[Scalar, W]]
+
+    def __call__(self, w: W, lam: Lam) -> W:
+        """The gradient at (w, lam)."""
+        return self.value_and_gradient(w, lam)[1]
+
 
 Step: TypeAlias = Int[Array, ""]
 

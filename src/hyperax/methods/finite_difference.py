@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from hyperax.dynamics.dynamics import Dynamics, Gradient
+from hyperax.dynamics.dynamics import Dynamics, InnerGradient
 from hyperax.methods.method import Method, Outcome, truncated_value
 from hyperax.problem import Data, Lam, Problem, Scalar, W
 from hyperax.rollout import Objective, check_steps
@@ -62,17 +62,20 @@ class FiniteDifference(Method):
         return truncated_value(problem, dynamics, self.steps, self.window, lam, data, carry, gradient_of=gradient_of)
 
 
-def differenced_gradient(epsilon: float) -> Callable[[Objective], Gradient]:
-    """A `gradient_of` for `advance`: the exact gradient, whose own derivative is taken by central differences."""
+def differenced_gradient(epsilon: float) -> Callable[[Objective], InnerGradient]:
+    """A `gradient_of` for `advance`: the exact gradient, whose own derivative is taken by central differences.
 
-    def gradient_of(objective: Objective) -> Gradient:
-        def gradient(w: W, lam: Lam) -> W:
+    The value beside it is differentiated as it stands: that takes no second derivative.
+    """
+
+    def gradient_of(objective: Objective) -> InnerGradient:
+        def value_and_gradient(w: W, lam: Lam) -> tuple[Scalar, W]:
             # The objective holds what `prepare` computed from lam, and the step's number: they become arguments, for
             # the backward pass runs where they are out of scope, and the former have a derivative too.
             closed = eqx.filter_closure_convert(objective, w, lam)
-            return _gradient((w, lam, closed), epsilon)
+            return objective(w, lam), _gradient((w, lam, closed), epsilon)
 
-        return gradient
+        return InnerGradient(value_and_gradient)
 
     return gradient_of
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from hyperax.dynamics.dynamics import Dynamics, Gradient
+from hyperax.dynamics.dynamics import Dynamics, InnerGradient
 from hyperax.methods.method import Method, Outcome, unrolled_value
 from hyperax.problem import Data, Lam, Problem, Scalar
 from hyperax.rollout import Objective, check_steps, exact_gradient
@@ -40,9 +40,10 @@ class FirstOrder(Method):
 
     def value(self, problem: Problem, dynamics: Dynamics, lam: Lam, data: Data, carry: Any) -> tuple[Scalar, Outcome]:
         """f_T(lam), with the inner gradients detached."""
-        return unrolled_value(problem, dynamics, self.steps, lam, data, carry, gradient_of=_constant_gradient)
+        return unrolled_value(problem, dynamics, self.steps, lam, data, carry, gradient_of=constant_gradient)
 
 
-def _constant_gradient(objective: Objective) -> Gradient:
+def constant_gradient(objective: Objective) -> InnerGradient:
+    """A `gradient_of` for `advance`: gradient and value of the inner objective as constants of the derivative."""
     gradient = exact_gradient(objective)
-    return lambda w, lam: jax.lax.stop_gradient(gradient(w, lam))
+    return InnerGradient(lambda w, lam: jax.lax.stop_gradient(gradient.value_and_gradient(w, lam)))

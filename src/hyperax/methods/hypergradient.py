@@ -64,8 +64,8 @@ def hypergradient(problem: Problem, dynamics: Dynamics | None, method: Method) -
 
     Arguments:
         problem: L, E, Phi_0 and `prepare`.
-        dynamics: Phi_t; `GradientDescent`, `HeavyBall`, `Adam`, `Optax`. `None` for a method that follows none
-            (`ClosedForm`).
+        dynamics: Phi_t; `GradientDescent`, `HeavyBall`, `Adam`, `Optax`, `LearnedOptimizer`. `None` for a method that
+            follows none (`ClosedForm`).
         method: exact for f_T `Reverse`, `Forward`, `Reversible`, `Doubling`; exact for f `ClosedForm`, `Implicit`;
             approximate `Truncated`, `FirstOrder`, `FiniteDifference`, `EvolutionStrategy`; online `RealTime`.
 

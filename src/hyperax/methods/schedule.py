@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hyperax.dynamics.dynamics import Dynamics, State
 from hyperax.problem import Data, Lam, Problem
+from hyperax.rollout import exact_gradient
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -52,7 +53,7 @@ def measure_step(problem: Problem, dynamics: Dynamics, state: State, lam: Lam, p
     def residuals(state: State, t: jax.Array) -> list[Any]:
         def step(state: State, floats: Any) -> State:
             lam, prepared = eqx.combine(floats, rest)
-            return dynamics.step(jax.grad(problem.objective(prepared, t)), state, lam, t)
+            return dynamics.step(exact_gradient(problem.objective(prepared, t)), state, lam, t)
 
         return jax.tree.leaves(eqx.filter_vjp(step, state, floats)[1])
 
