@@ -181,6 +181,12 @@ def test_runs_of_different_learners_are_joined_to_one(finished, tmp_path):
     assert joined["differences"] == summary["differences"]
     with pytest.raises(ValueError, match="2way-1shot-ours, and so did"):
         joining.join(Tiny, tmp_path / "again", [tmp_path / "joined", tmp_path / "b"])
+    wrong = [record | {"accuracy": 0.0} for record in RunFolder(tmp_path / "joined").lines("records.jsonl")]
+    RunFolder(tmp_path / "joined").replace_lines("records.jsonl", wrong)
+    replaced = joining.join(Tiny, tmp_path / "replaced", [tmp_path / "joined", tmp_path / "b"], replace=True)
+    was = {row[1]: row for row in summary["table"]["rows"]}
+    now = {row[1]: row for row in replaced["table"]["rows"]}
+    assert [name for name in was if was[name] != now[name]] == [name for name in was if name != "Hyper-representation"]
     (tmp_path / "b" / "parts.jsonl").write_text("")
     with pytest.raises(ValueError, match="no finished part"):
         joining.join(Tiny, tmp_path / "again", [tmp_path / "a", tmp_path / "b"])

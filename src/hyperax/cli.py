@@ -15,7 +15,8 @@ usage: hyperax COMMAND ...
   hyperax list                     the recipes, with the numbers of the papers
   hyperax run RECIPE [options]     run one; `hyperax run RECIPE --help` lists every field of its configuration
   hyperax resume DIR [options]     go on with an interrupted run
-  hyperax join DIR RUN RUN ...     one run of several that trained different learners of a comparison
+  hyperax join DIR RUN RUN ...     one run of several that trained different learners of a comparison; with --replace
+                                   the last run's count of learners that were trained twice
   hyperax report DIR               write a run's report again from its files
   hyperax data fetch NAME          download a data set (omniglot)
   hyperax data show NAME           how many classes and images a recipe's data set has
@@ -153,8 +154,9 @@ def _finish(out: str, work: Any, mesh: Any) -> int:
 def _join(words: list[str]) -> int:
     from hyperax import experiments
 
-    out, runs = _first(words, "hyperax join DIR RUN RUN ...")
-    print(experiments.format_table(experiments.join(out, runs), f"{out}/report.html"))
+    replace = "--replace" in words
+    out, runs = _first([word for word in words if word != "--replace"], "hyperax join DIR RUN RUN ...")
+    print(experiments.format_table(experiments.join(out, runs, replace=replace), f"{out}/report.html"))
     return 0
 
 

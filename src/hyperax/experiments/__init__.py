@@ -183,7 +183,7 @@ def join(out: str | Path, folders: Sequence[str | Path], **options: Any) -> dict
         out: a folder that is empty or does not exist.
         folders: runs whose configurations are the same but for their learners and settings; of one that has not ended
             its finished learners count.
-        options: `progress`.
+        options: `replace`, whether of a learner that was trained twice the later run's counts; `progress`.
 
     Returns: what `summary.json` holds: that of one run with all the learners.
     Raises: `ValueError` for runs of different kinds, configurations or data, or without a finished learner.

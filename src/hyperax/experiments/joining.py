@@ -12,7 +12,12 @@ from hyperax.experiments.study import Opened, Part, Study, finished_parts, measu
 
 
 def join(
-    kind: type[Study], out: str | Path, folders: Sequence[str | Path], *, progress: bool = False
+    kind: type[Study],
+    out: str | Path,
+    folders: Sequence[str | Path],
+    *,
+    replace: bool = False,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Make one run of several that measured different parts (on several machines, say), and return its summary.
 
@@ -21,6 +26,7 @@ def join(
         out: a folder that is empty or does not exist.
         folders: run folders whose configurations differ in what `Study.united` puts together only. Of one that has not
             ended its finished parts count.
+        replace: whether of a part that was measured twice the later run's counts (in the order of `folders`).
         progress: as in `run`.
 
     Returns: what `summary.json` holds: that of one run that measured all parts.
@@ -40,8 +46,11 @@ def join(
         if not found:
             raise ValueError(f"{folder.path} has no finished part yet: `hyperax resume {folder.path}` goes on with it")
         twice = sorted(set(found) & set(measured))
-        if twice:
-            raise ValueError(f"{folder.path} measured {twice[0]}, and so did a run before it: join runs of other parts")
+        if twice and not replace:
+            raise ValueError(
+                f"{folder.path} measured {twice[0]}, and so did a run before it: join runs of other parts, or use "
+                "--replace to take the later one's"
+            )
         measured |= found
         ended |= {line["part"]: line for line in lines}
         kept |= {name: folder.path / "parts" / name for name in found}
