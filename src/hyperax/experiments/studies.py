@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hyperax.experiments.comparison import COMPARISONS
 from hyperax.experiments.data_cleaning import DataCleaning
+from hyperax.experiments.learned_loss import LearnedLosses
 from hyperax.experiments.multitask import MultitaskSchools
 from hyperax.experiments.newsgroups import Newsgroups
 from hyperax.experiments.ridge_table5 import RidgeTable5
@@ -17,5 +18,6 @@ STUDIES: tuple[type[Study], ...] = (
     SchedulesMnist,
     MultitaskSchools,
     *COMPARISONS,
+    LearnedLosses,
 )
 """Their classes; each, without arguments, is a recipe."""

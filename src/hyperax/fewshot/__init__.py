@@ -15,26 +15,40 @@ from hyperax.fewshot.learners.classic import Joint
 from hyperax.fewshot.learners.cosine import CosineClassifier
 from hyperax.fewshot.learners.hyper_representation import HyperRepresentation
 from hyperax.fewshot.learners.initialisation import Initialisation
+from hyperax.fewshot.learners.learned_loss import LearnedLoss
 from hyperax.fewshot.learners.learner import Adapted, FeatureLearner, Learner
+from hyperax.fewshot.learners.losses import CrossEntropy, GroundLoss, NetworkLoss, ParametricCrossEntropy
 from hyperax.fewshot.learners.maml import anil, imaml, in_depth, in_width, maml, meta_sgd
 from hyperax.fewshot.learners.matching import Matching
+from hyperax.fewshot.learners.memory_augmented import MemoryAugmented
+from hyperax.fewshot.learners.memory_module import MemoryModule
+from hyperax.fewshot.learners.meta_lstm import meta_lstm
+from hyperax.fewshot.learners.meta_networks import MetaNetworks
 from hyperax.fewshot.learners.nearest_neighbour import NearestNeighbour
+from hyperax.fewshot.learners.neural_statistician import NeuralStatistician
 from hyperax.fewshot.learners.partition import LastStages, ShareOfFilters
 from hyperax.fewshot.learners.pretrained import Multiclass, Readout, fine_tuning
 from hyperax.fewshot.learners.prototypical import Prototypical
+from hyperax.fewshot.learners.regularisers import LearnedL2, TowardsClassMeans
 from hyperax.fewshot.learners.reptile import Reptile, reptile
 from hyperax.fewshot.learners.ridge import RidgeClassifier
 from hyperax.fewshot.learners.siamese import Siamese
+from hyperax.fewshot.learners.snail import SNAIL
 from hyperax.fewshot.networks import C4L, OmniglotNet, PerImage, ResidualNet, encode
+from hyperax.fewshot.noisy_episodes import NoisyEpisodes
+from hyperax.fewshot.targets import Targets
 
 __all__ = [
     "C4L",
+    "SNAIL",
     "Adapted",
     "CosineClassifier",
+    "CrossEntropy",
     "Episode",
     "Episodes",
     "FeatureLearner",
     "Glyphs",
+    "GroundLoss",
     "HyperRepresentation",
     "ImageBatch",
     "ImageBatches",
@@ -43,14 +57,23 @@ __all__ = [
     "Initialisation",
     "Joint",
     "LastStages",
+    "LearnedL2",
+    "LearnedLoss",
     "Learner",
     "Matching",
+    "MemoryAugmented",
+    "MemoryModule",
     "MetaDataset",
+    "MetaNetworks",
     "MiniImageNet",
     "Multiclass",
     "NearestNeighbour",
+    "NetworkLoss",
+    "NeuralStatistician",
+    "NoisyEpisodes",
     "Omniglot",
     "OmniglotNet",
+    "ParametricCrossEntropy",
     "PerImage",
     "Prototypical",
     "Readout",
@@ -59,6 +82,8 @@ __all__ = [
     "RidgeClassifier",
     "ShareOfFilters",
     "Siamese",
+    "Targets",
+    "TowardsClassMeans",
     "accuracies_by_steps",
     "anil",
     "describe",
@@ -70,6 +95,7 @@ __all__ = [
     "in_width",
     "interval",
     "maml",
+    "meta_lstm",
     "meta_sgd",
     "nearest_and_farthest",
     "nearest_neighbour_accuracies",

@@ -2,6 +2,7 @@
 
 from hyperax.learned_optimizers.hierarchical import HierarchicalRule
 from hyperax.learned_optimizers.lstm import LSTMRule
+from hyperax.learned_optimizers.meta_lstm_rule import MetaLSTMRule
 from hyperax.learned_optimizers.meta_training import MetaTraining
 from hyperax.learned_optimizers.perceptron import PerceptronRule
 from hyperax.learned_optimizers.step_sizes import StepSizeRule
@@ -11,6 +12,7 @@ __all__ = [
     "HierarchicalRule",
     "Inputs",
     "LSTMRule",
+    "MetaLSTMRule",
     "MetaTraining",
     "PerceptronRule",
     "StepSizeRule",

@@ -21,6 +21,7 @@ from hyperax.experiments.comparison.roster import (
     table_3,
 )
 from hyperax.experiments.comparison.study import Comparison
+from hyperax.experiments.comparison.systems import systems
 
 _PUBLISHED: dict[str, Any] = {
     "Siamese nets": table_3((97.3, 98.4, 88.2, 97.0)),
@@ -28,6 +29,11 @@ _PUBLISHED: dict[str, Any] = {
     "MAML": table_3((98.7, 99.9, 95.8, 98.9), ((48.70, 1.75), (63.11, 0.92))),
     "Prototypical nets": table_3((98.8, 99.7, 96.0, 98.9), ((49.42, 0.78), (68.20, 0.66))),
     "Hyper-representation": table_3((98.6, 99.5, 95.5, 98.4), ((50.54, 0.85), (64.53, 0.68))),
+    "SNAIL": table_3((99.1, 99.8, 97.6, 99.4), ((55.71, 0.99), (68.88, 0.92))),
+    "Memory module": table_3((98.4, 99.6, 95.0, 98.6)),
+    "Meta-networks": table_3((98.9, None, 97.0, None), ((49.21, 0.96), None)),
+    "Neural statistician": table_3((98.1, 99.5, 93.2, 98.1)),
+    "Meta-LSTM": table_3((), ((43.56, 0.84), (60.60, 0.71))),
 }
 
 
@@ -38,9 +44,9 @@ def _published(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Table3(Comparison):
-    """Metric learners, learners of an initialisation, mixed designs and hyper-representation.
+    """Hyper-representation, metric learners, learners of an initialisation, mixed designs, and the other systems.
 
-    Of the paper's rows those whose systems exist here, and more. On Omniglot and Glyphs training episodes have 20
+    All rows of the paper, and more. On Omniglot and Glyphs training episodes have 20
     classes and 5 queries, but for learners whose head is made for a number of classes.
     """
 
@@ -60,4 +66,5 @@ class Table3(Comparison):
             *metric_learners(self.dataset, _published),
             *initialisations(self.dataset, _published),
             *mixed_designs(self.dataset, _published),
+            *systems(self.dataset, _published),
         )

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from hyperax.dynamics import Dynamics, GradientDescent
 from hyperax.dynamics.dynamics import Setting
+from hyperax.dynamics.learned_optimizer import LearnedOptimizer
 from hyperax.fewshot.episodes import Episode
 from hyperax.fewshot.layers import Activations, Statistics, own_moments
 from hyperax.fewshot.learners.hyper_representation import Classifier
@@ -22,6 +23,7 @@ from hyperax.fewshot.learners.learner import Learner, unit
 from hyperax.fewshot.learners.partition import Filter, adapted_part, masks_of, merged, shared_stages
 from hyperax.fewshot.networks import Network, encode, moments_of_set, stages_of, through
 from hyperax.fewshot.targets import Targets, cross_entropy, targets_of
+from hyperax.learned_optimizers.update_rule import UpdateRule
 from hyperax.linear_solvers import check_positive
 from hyperax.methods import Method, Reverse
 from hyperax.problem import Problem
@@ -40,7 +42,7 @@ class Activated(NamedTuple):
 
 
 class Initialisation(Learner):
-    """Few-shot learning from a common start: MAML, ANIL, Meta-SGD, iMAML, Reptile, and what lies between.
+    """Few-shot learning from a common start: MAML, ANIL, Meta-SGD, iMAML, Reptile, Meta-LSTM, and what lies between.
 
         w = (the adapted part of a network h, the head),   w_0^j = Phi_0(lam) = those of lam,
         L^j(w, lam) = mean over D_tr^j of cross_entropy(y, head(h_{w, lam}(x))) + (rho / 2) |w - Phi_0(lam)|^2,
@@ -64,17 +66,19 @@ class Initialisation(Learner):
         batch_size: support images that a step of training sees, every class in turn; `None`: all. Adaptation for
             evaluation always takes all.
         optimizer: from a step size to the inner optimizer: `GradientDescent`, `Adam`, ...
+        rule: from a key to the update rule that takes the place of step size and optimizer, and is learned (Meta-LSTM).
         differentiated_by: from T to the method: `Reverse` (exact), `FirstOrder`, `Reptile`, ...
 
     lam is `{"network": module}`, with "head" learned also `"head"`, with `learn_step_sizes` also `"step_sizes"`, a tree
-    like w (its head has one row for all labels where the head starts at zero).
+    like w (its head has one row for all labels where the head starts at zero), with a rule `"rule"`.
 
     A head at zero serves any number of ways, and the order of the labels cannot matter. One learned row repeated for
     every class (Ye and Chao 2022) is the same function: the softmax does not see what all classes have in common. As
     long as the rows are equal the gradient reaches the head alone: the network is adapted from the second step on.
 
     Raises: `ValueError` for a filter that does not fit the network or adapts nothing of it, a head that is neither, a
-    learned head of another number of ways, and for what needs `image_shape` without it.
+    learned head of another number of ways, for what needs `image_shape` without it, and a rule beside another optimizer
+    or without a key.
     Cost: each inner step a forward and a backward pass of the adapted stages over N K images; with `Reverse` a small
     multiple of that, and memory for T of them. Stages before the first adapted one are computed once an episode: with
     `adapted=False` time hardly depends on T.
@@ -98,6 +102,7 @@ class Initialisation(Learner):
     proximity: float | None = None
     batch_size: int | None = None
     optimizer: Callable[[Setting], Dynamics] = GradientDescent
+    rule: Callable[[Key[Array, ""]], UpdateRule] | None = None
     differentiated_by: Callable[[int], Method] = Reverse
 
     def __check_init__(self):
@@ -108,6 +113,11 @@ class Initialisation(Learner):
         check_positive("proximity", self.proximity)
         if self.batch_size is not None:
             check_steps(self.batch_size, "batch_size", 1)
+        if self.rule is not None and (self.learn_step_sizes or self.optimizer is not GradientDescent):
+            raise ValueError(
+                "a learned rule takes the place of the inner optimizer and its step sizes: leave `optimizer` and "
+                "`learn_step_sizes` out, or `rule`"
+            )
 
     def lam(
         self,
@@ -121,6 +131,10 @@ class Initialisation(Learner):
         if chosen and not any(chosen) and self.adapted is not False:
             raise ValueError("the filter adapts nothing of the network: use adapted=False if that is what you want")
         lam: dict[str, Any] = {"network": network}
+        if self.rule is not None:
+            if key is None:
+                raise ValueError("a learner with a rule draws its parameters: pass key=jax.random.key(seed) to lam")
+            lam["rule"] = self.rule(key)
         if self.head == "zero" and not self.learn_step_sizes:
             return lam
         if image_shape is None:
@@ -140,7 +154,9 @@ class Initialisation(Learner):
 
     @property
     def dynamics(self) -> Dynamics:
-        """The inner optimizer, with its step size or those of lam."""
+        """The inner optimizer, with its step size or those of lam; or the rule of lam."""
+        if self.rule is not None:
+            return LearnedOptimizer(_rule)
         return self.optimizer(_step_sizes if self.learn_step_sizes else self.step_size)
 
     @property
@@ -245,3 +261,7 @@ def _flat(features: Array) -> Float[Array, "images features"]:
 
 def _step_sizes(lam: Any) -> Any:
     return lam["step_sizes"]
+
+
+def _rule(lam: Any) -> UpdateRule:
+    return lam["rule"]

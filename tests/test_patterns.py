@@ -1,0 +1,38 @@
+"""The code of docs/patterns.md runs as it stands, with fewer hyperiterations, tasks, episodes and filters."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import hyperax as hx
+
+TEXT = (Path(__file__).parent.parent / "docs" / "patterns.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)), ids=("representation", "optimizer", "loss"))
+def test_the_code_of_a_pattern_runs(block, capsys):
+    code = BLOCKS[block]
+    fewer = {
+        r"steps=[45]00\b": "steps=2",
+        r"count=200": "count=2",
+        r"tasks=64": "tasks=2",
+        r"(image_shape, jax.random.key\(0\))": r"\1, filters=2",
+    }
+    for pattern, text in fewer.items():
+        code = re.sub(pattern, text, code)
+    assert code != BLOCKS[block]
+    names: dict = {}
+    exec(code, names)  # the reader's own next step
+    assert capsys.readouterr().out.strip()
+    lam = names["solution"].last_lam
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(lam) if jnp.ndim(leaf))
+
+
+def test_public_names_of_the_page_exist():
+    names = set(re.findall(r"\bhx\.(\w+)", TEXT))
+    assert names
+    assert not {name for name in names if not hasattr(hx, name)}
