@@ -247,11 +247,12 @@ def test_ways_are_fixed():
     [
         (lambda: MetaNetworks(5, units=0), "units must be a whole number, at least 1; it is 0"),
         (lambda: MetaNetworks(5, hidden=True), "hidden must be a whole number, at least 1; it is True"),
+        (lambda: GradientMLP(3, jax.random.key(0)), "hidden is 3; it must be even"),
         (lambda: MetaNetworks(5, scale=0.0), "scale is 0.0; it must be a number > 0"),
         (lambda: MetaNetworks(5).lam(small_net()), "MetaNetworks needs the number of features for its dense layers"),
         (lambda: MetaNetworks(5).lam(small_net(), SHAPE), r"MetaNetworks draws its layers: pass key=jax.random.key"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_errors(make, match):
     with pytest.raises(ValueError, match=match):

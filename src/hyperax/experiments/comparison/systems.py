@@ -29,8 +29,19 @@ def systems(dataset: DatasetName, published: Callable[[str], Any]) -> tuple[Entr
             fixed_ways=True,
             note="on the convolutional network, features standardised by the support set; cosines multiplied by 20.",
         ),
-        row("Memory module", MemoryModule, note="the memory is that of one episode, and begins empty."),
-        row("Meta-networks", MetaNetworks, fixed_ways=True, note="fast weights in the dense layers only."),
+        row(
+            "Memory module",
+            MemoryModule,
+            learning_rate=2e-3,
+            note="the memory is that of one episode, and begins empty; keys centred on the support set.",
+        ),
+        row(
+            "Meta-networks",
+            lambda ways: MetaNetworks(ways, units=32, hidden=10),
+            sampler=held_out(None, 10),
+            learning_rate=2e-3,
+            note="fast weights in the dense layers on top of one network only.",
+        ),
         row(
             "Neural statistician",
             NeuralStatistician,

@@ -49,7 +49,7 @@ class GradientMLP(eqx.Module):
 
     Raises: `ValueError` for an odd number of units.
     Cost: for each gradient hidden (hidden + 3) multiplications.
-    Reference: Munkhdalai and Yu 2017, Sec. 3.2 (m); the mirrored start is ours.
+    Reference: Munkhdalai and Yu 2017, Sec. 3 (m); the mirrored start is ours.
     Do not use it for gradients whose size alone counts, such as sums over numbers of images that vary: log |g| / 7
     hardly moves.
 
@@ -99,7 +99,8 @@ class GradientLSTM(eqx.Module):
         dtype: of its weights.
 
     Cost: for each gradient 4 hidden (hidden + 2) multiplications, and in a reverse pass memory for all of them.
-    Reference: Munkhdalai and Yu 2017, Sec. 3.2 (d).
+    Reference: Munkhdalai and Yu 2017, Sec. 3 (d).
+    Do not use it for long sequences of many gradients in training: `GradientMLP` of their mean needs no such memory.
 
     >>> make = GradientLSTM(20, jax.random.key(0))
     >>> make(jnp.ones((3, 4, 5)), jnp.ones(3, bool)).shape

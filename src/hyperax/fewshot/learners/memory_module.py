@@ -63,11 +63,11 @@ class MemoryModule(FeatureLearner):
         inverse_temperature: > 0, t of the probabilities; without effect on loss and accuracy.
 
     lam is `{"network": module}`, with `size` also `"projection"`: P [size, features], for which `lam` needs
-    `image_shape` and `key`. It depends on `ways` in nothing: training with more than at test is possible, and helps.
+    `image_shape` and `key`. It depends on `ways` in nothing: training with more ways than at test is possible.
     Raises: `ValueError` for settings out of range, fewer slots than ways, and in `lam` if shape or key are missing.
     Cost: one pass of the network over the episode, N K writings in turn of slots x size multiplications each, and a
     product of the query images by the slots.
-    Reference: Kaiser et al. 2017, Sec. 2 (memory, its loss and its update), Sec. 3.1 for one-shot learning. There the
+    Reference: Kaiser et al. 2017 (the memory, its loss and its update, with k, t and alpha as printed there). There the
     memory lives on through the whole training (8192 slots, 256 nearest keys read) and gradients reach the queries only;
     here it is that of one episode, all of it is read, and the gradient of E is exact, through the keys, their averages
     and `centre` too. Of slots of one age the first is taken, not any. `predict` is the softmax over the nearest key of

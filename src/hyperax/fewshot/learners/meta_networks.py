@@ -63,17 +63,17 @@ class MetaNetworks(FeatureLearner):
         ways: classes an episode, fixed by W2 and P; of episodes with a varying number, the most.
         statistics: where batch normalisation takes its statistics.
         units: of the dense layers Q and W1.
-        hidden: units of the LSTM d, and of each hidden layer of m.
+        hidden: units of the LSTM d, and of each hidden layer of m, an even number.
         scale: > 0, the inverse temperature of the attention; the paper has none, that is 1.
 
     lam is `{"network": module, "representation": (Q, P), "base": (W1, W2), "task": d, "example": {"dense": m of W1,
     "top": m of W2}}`, for which `lam` needs `image_shape` and `key`.
-    Raises: `ValueError` for settings out of range, in `lam` if shape or key are missing, and for a lam of another
-    number of ways.
+    Raises: `ValueError` for settings out of range, in `lam` if shape or key are missing and for an odd `hidden`, and
+    for a lam of another number of ways.
     Cost: one pass of the network over the episode; for each of units x features weights and each of `ways` images
     4 hidden^2 multiplications for d, for each support image hidden^2 for m, and in training the memory of all these
     hidden units: 100 support images of 20 classes with the default sizes take about 1 GB.
-    Reference: Munkhdalai and Yu 2017, Sec. 3 and Algorithm 1, Sec. 4.1. Theirs has fast weights in all layers of two
+    Reference: Munkhdalai and Yu 2017, Sec. 3 and Algorithm 1. Theirs has fast weights in all layers of two
     networks of five convolutions, a dense layer of 64 units and an output layer, one for u and one for b; here one
     network h_lam without fast weights serves both, and what has them are the dense layers on top of it, Q of u and W1
     of b, and the output layer W2. The T images of d are the first of each class, not drawn; its loss is the
