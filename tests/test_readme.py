@@ -56,7 +56,16 @@ def test_public_names_exist(name):
         "CONTRIBUTING.md",
         *(
             f"docs/{x}.md"
-            for x in ("comparisons", "design", "few-shot", "hyperparameters", "learners", "methods", "theory")
+            for x in (
+                "comparisons",
+                "design",
+                "few-shot",
+                "hyperparameters",
+                "learners",
+                "methods",
+                "patterns",
+                "theory",
+            )
         ),
     ],
 )

@@ -11,6 +11,7 @@ from hyperax.checkpoint import Checkpoint
 from hyperax.checks import UnusedLeafWarning
 from hyperax.constraints import Box, Constraint, Logarithmic, Positive, Projected, UnitInterval
 from hyperax.cross_validation import Fold, folds
+from hyperax.domains import mean_over_domains
 from hyperax.dynamics import Adam, Dynamics, GradientDescent, HeavyBall, LearnedOptimizer, Newton, Optax, State
 from hyperax.explosion import ExplodingHypergradientWarning, GradientExplosion
 from hyperax.learned_optimizers import MetaTraining
@@ -115,6 +116,7 @@ __all__ = [
     "hypergradient",
     "log_scale",
     "logit_scale",
+    "mean_over_domains",
     "mean_over_tasks",
     "minibatch",
     "minimize",

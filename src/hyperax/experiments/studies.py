@@ -5,6 +5,8 @@ from __future__ import annotations
 from hyperax.experiments.comparison import COMPARISONS
 from hyperax.experiments.data_cleaning import DataCleaning
 from hyperax.experiments.learned_loss import LearnedLosses
+from hyperax.experiments.learned_optimizer import LearnedOptimizerMnist, LearnedOptimizerQuadratics
+from hyperax.experiments.mixed_domains import MixedDomains
 from hyperax.experiments.multitask import MultitaskSchools
 from hyperax.experiments.newsgroups import Newsgroups
 from hyperax.experiments.ridge_table5 import RidgeTable5
@@ -18,6 +20,9 @@ STUDIES: tuple[type[Study], ...] = (
     SchedulesMnist,
     MultitaskSchools,
     *COMPARISONS,
+    LearnedOptimizerQuadratics,
+    LearnedOptimizerMnist,
     LearnedLosses,
+    MixedDomains,
 )
 """Their classes; each, without arguments, is a recipe."""

@@ -1,6 +1,16 @@
 """Few-shot learning: data sets, episodes, networks, learners, evaluation. Needs `pip install hyperax[data]`."""
 
 from hyperax.fewshot.datasets import Glyphs, ImageFolder, MiniImageNet, Omniglot, describe, fetch
+from hyperax.fewshot.domains import (
+    DomainEpisodes,
+    DomainNet,
+    DomainNets,
+    FirstStages,
+    MixedEpisodes,
+    Resized,
+    Stem,
+    own_stem,
+)
 from hyperax.fewshot.episodes import Episode, Episodes
 from hyperax.fewshot.evaluation import (
     accuracies_by_steps,
@@ -44,9 +54,13 @@ __all__ = [
     "Adapted",
     "CosineClassifier",
     "CrossEntropy",
+    "DomainEpisodes",
+    "DomainNet",
+    "DomainNets",
     "Episode",
     "Episodes",
     "FeatureLearner",
+    "FirstStages",
     "Glyphs",
     "GroundLoss",
     "HyperRepresentation",
@@ -66,6 +80,7 @@ __all__ = [
     "MetaDataset",
     "MetaNetworks",
     "MiniImageNet",
+    "MixedEpisodes",
     "Multiclass",
     "NearestNeighbour",
     "NetworkLoss",
@@ -79,9 +94,11 @@ __all__ = [
     "Readout",
     "Reptile",
     "ResidualNet",
+    "Resized",
     "RidgeClassifier",
     "ShareOfFilters",
     "Siamese",
+    "Stem",
     "Targets",
     "TowardsClassMeans",
     "accuracies_by_steps",
@@ -99,6 +116,7 @@ __all__ = [
     "meta_sgd",
     "nearest_and_farthest",
     "nearest_neighbour_accuracies",
+    "own_stem",
     "paired_difference",
     "reptile",
 ]

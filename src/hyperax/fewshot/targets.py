@@ -22,6 +22,9 @@ class Targets(NamedTuple):
         weights: the share of each image in a mean over those that are there, [images], their sum is 1; `None`: equal.
         absent: what is added to the logits, 0 for a class of the task, a large negative number else, [ways]; `None`:
             all classes are there.
+
+    >>> round(float(cross_entropy(jnp.zeros((3, 2)), Targets(jnp.eye(2)[jnp.array([0, 1, 1])]))), 4)
+    0.6931
     """
 
     one_hot: Float[Array, "images ways"]
