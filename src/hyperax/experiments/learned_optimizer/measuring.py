@@ -106,7 +106,7 @@ def new_rule(config: LearnedOptimizerStudy, name: str, family: Family, momentum:
     if name == STEP_SIZES:
         return StepSizeRule(family.start(key), momentum["step_size"], momentum["momentum"] or None)
     if name == LSTM:
-        return LSTMRule(key, p=config.lstm_p, output_scale=config.lstm_output_scale)
+        return LSTMRule(key, config.lstm_units, config.lstm_layers, config.lstm_p, config.lstm_output_scale)
     return {PERCEPTRON: PerceptronRule, HIERARCHICAL: HierarchicalRule}[name](key)
 
 

@@ -24,6 +24,8 @@ _COUNTS = (
     "shortest",
     "validations",
     "validation_problems",
+    "lstm_units",
+    "lstm_layers",
     "grid_each_side",
 )
 
@@ -64,6 +66,9 @@ class LearnedOptimizerStudy(Study):
     """How often a rule is scored on validation problems; the best iterate is kept."""
     validation_problems: int = 256
     """Problems of the training distribution, on which the step sizes of the baselines are chosen too."""
+    lstm_units: int = 20
+    """Of each layer of `LSTMRule`."""
+    lstm_layers: int = 2
     lstm_p: float = 10.0
     """How many powers of e below one the LSTM tells gradients apart: p of `LSTMRule`."""
     lstm_output_scale: float = 0.1

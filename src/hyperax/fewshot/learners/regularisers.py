@@ -37,7 +37,7 @@ class LearnedL2(eqx.Module):
     >>> import hyperax as hx, optax
     >>> keys = jax.random.split(jax.random.key(0), 2)
     >>> a = jnp.array([1.0, -1.0]) + 0.1 * jax.random.normal(keys[0], (50, 2))
-    >>> x = jax.random.normal(keys[1], (50, 2, 2))
+    >>> x = jax.random.uniform(keys[1], (50, 2, 2), minval=-1.0)
     >>> loss = lambda w, task, i: (task["x"][i] @ (w - task["a"])) ** 2
     >>> problem = hx.Problem(
     ...     inner=lambda w, lam, task: loss(w, task, 0) + lam(w),
