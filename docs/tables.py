@@ -30,6 +30,7 @@ PAGES = (
     "docs/hyperparameters.md",
     "docs/learners.md",
     "docs/comparisons.md",
+    "docs/patterns.md",
 )
 """The pages with blocks between <!-- name --> and <!-- end -->."""
 
