@@ -10,11 +10,12 @@ import pytest
 
 import hyperax as hx
 from hyperax.fewshot.episodes import Episode
-from hyperax.fewshot.learners.fast_weights import GradientLSTM, GradientMLP, preprocessed
+from hyperax.fewshot.learners.fast_weights import GradientLSTM, GradientMLP, P
 from hyperax.fewshot.learners.learner import OnFeatures
 from hyperax.fewshot.learners.meta_networks import FastWeights, Layers, MetaNetworks
 from hyperax.fewshot.networks import PerImage, encode
 from hyperax.fewshot.targets import Targets
+from hyperax.learned_optimizers.preprocessing import log_and_sign
 from problems import small_net
 
 SHAPE, WAYS, UNITS, HIDDEN = (9, 9, 1), 3, 4, 6
@@ -230,8 +231,8 @@ def test_features_that_are_zero_in_float32():
 
 def test_gradients_of_any_size():
     g = jnp.array([1.0, -np.exp(-3.5), np.exp(-8.0), 0.0])
-    np.testing.assert_allclose(preprocessed(g), [two_numbers(x) for x in np.asarray(g)], atol=1e-12)
-    slope = jax.grad(lambda g: preprocessed(g)[..., 0].sum() + preprocessed(g)[..., 1].sum())(g)
+    np.testing.assert_allclose(log_and_sign(g, P), [two_numbers(x) for x in np.asarray(g)], atol=1e-12)
+    slope = jax.grad(lambda g: log_and_sign(g, P)[..., 0].sum() + log_and_sign(g, P)[..., 1].sum())(g)
     np.testing.assert_allclose(slope, [1 / 7, -np.exp(3.5) / 7, np.exp(7.0), np.exp(7.0)], rtol=1e-12)
 
 
@@ -250,7 +251,7 @@ def test_ways_are_fixed():
         (lambda: GradientMLP(3, jax.random.key(0)), "hidden is 3; it must be even"),
         (lambda: MetaNetworks(5, scale=0.0), "scale is 0.0; it must be a number > 0"),
         (lambda: MetaNetworks(5).lam(small_net()), "MetaNetworks needs the number of features for its dense layers"),
-        (lambda: MetaNetworks(5).lam(small_net(), SHAPE), r"MetaNetworks draws its layers: pass key=jax.random.key"),
+        (lambda: MetaNetworks(5).lam(small_net(), SHAPE), r"MetaNetworks draws its dense layers: pass key=jax.random.key"),
     ],
     ids=range(6),
 )

@@ -42,7 +42,15 @@ def test_a_changed_number_is_noticed():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/design.md", "docs/few-shot.md", "docs/methods.md", "docs/hyperparameters.md"]
+    "name",
+    [
+        "README.md",
+        "docs/design.md",
+        "docs/few-shot.md",
+        "docs/methods.md",
+        "docs/hyperparameters.md",
+        "docs/patterns.md",
+    ],
 )
 def test_public_names_exist(name):
     names = set(re.findall(r"\bhx\.(\w+)", (ROOT / name).read_text()))

@@ -147,8 +147,8 @@ def trained(
     return Entrant(name, training, most_steps=most_steps, published=published, note=note)
 
 
-# On validation classes of Omniglot, after 500 hyperiterations, prototypical networks had 90.1 % with an outer learning
-# rate of 1e-3, 93.9 % with 3e-3 and 94.6 % with 6e-3.
+# On validation classes of Omniglot prototypical networks learned faster with an outer learning rate of 6e-3 than with
+# 3e-3 or 1e-3.
 _METRIC_RATE = {"omniglot": 6e-3, "glyphs": 6e-3, "miniimagenet": 1e-3}
 
 

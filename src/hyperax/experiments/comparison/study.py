@@ -243,7 +243,7 @@ class Comparison(Study):
         published = self._published(entrant, setting)
         difference = "–"
         if reference is not None and record["entrant"] != self.reference:
-            difference = _signed(paired_difference(accuracies, reference))
+            difference = signed(paired_difference(accuracies, reference))
         return [
             setting.words,
             record["entrant"],
@@ -340,5 +340,6 @@ def _percent(score: Mapping[str, Any]) -> str:
     return f"{100 * score['accuracy']:.2f}{half}"
 
 
-def _signed(difference: Mapping[str, float]) -> str:
+def signed(difference: Mapping[str, float]) -> str:
+    """A paired difference in points, as tables have it."""
     return f"{100 * difference['difference']:+.2f} ± {100 * difference['ci95']:.2f}"

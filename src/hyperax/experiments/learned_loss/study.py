@@ -12,7 +12,7 @@ import numpy as np
 from hyperax.experiments.comparison import training
 from hyperax.experiments.comparison.entrants import DatasetName, Entrant, Setting
 from hyperax.experiments.comparison.roster import FIVE_FIVE, FIVE_ONE
-from hyperax.experiments.comparison.study import Comparison
+from hyperax.experiments.comparison.study import Comparison, signed
 from hyperax.experiments.learned_loss.entrants import (
     CONDITIONS,
     CROSS_ENTROPY,
@@ -104,7 +104,7 @@ class LearnedLosses(Comparison):
         for setting in reversed(self.chosen_settings()):
             of = {record["entrant"]: found for record, found in tests if record["setting"] == setting.name}
             if {NETWORK, CROSS_ENTROPY} <= set(of):
-                minus = lambda a, b, of=of: _signed(paired_difference(of[a], of[b]))
+                minus = lambda a, b, of=of: signed(paired_difference(of[a], of[b]))
                 control = f"; minus a learned step size {minus(NETWORK, STEP_SIZE)}" if STEP_SIZE in of else ""
                 other = f"; learned regulariser {minus(REGULARISER, CROSS_ENTROPY)}" if REGULARISER in of else ""
                 text = (
@@ -123,7 +123,7 @@ class LearnedLosses(Comparison):
         summary = super().summarise(measured)
         for setting in self.chosen_settings():
             table = summary["differences"].get(setting.name, {})
-            compared = [f"{name} {_signed(of[STEP_SIZE])}" for name, of in table.items() if STEP_SIZE in of]
+            compared = [f"{name} {signed(of[STEP_SIZE])}" for name, of in table.items() if STEP_SIZE in of]
             if compared:
                 summary["notes"].append(f"{self._words(setting)}, minus a learned step size: {', '.join(compared)}.")
         return summary
@@ -156,7 +156,3 @@ class LearnedLosses(Comparison):
     def published(self) -> str:
         """There is no number to stand beside."""
         return f"{self.source}, which names the pattern and measures none"
-
-
-def _signed(difference: Mapping[str, float]) -> str:
-    return f"{100 * difference['difference']:+.2f} ± {100 * difference['ci95']:.2f}"

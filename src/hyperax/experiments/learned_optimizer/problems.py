@@ -171,7 +171,7 @@ def load_sides(name: DataName, data_dir: str | None) -> Sides:
     from sklearn.datasets import load_digits
 
     found: Any = load_digits()
-    # 0 to 16 there; the order is that of the writers, each of whom is on both sides.
+    # 0 to 16 there; of each two images in a row one is on either side.
     images, labels = np.round(found.images * (255 / 16)).astype(np.uint8), found.target.astype(np.uint8)
     half = lambda side: _images(Digits(images[side::2], labels[side::2]))
     return Sides(half(0), half(1), {"dataset": "digits of scikit-learn"})

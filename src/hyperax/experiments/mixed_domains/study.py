@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hyperax.experiments.comparison.study import signed
 from hyperax.experiments.mixed_domains import figures, training
 from hyperax.experiments.mixed_domains.data import DIGITS_SPLIT, DOMAINS, SPLITS, Splits, open_domains, split
 from hyperax.experiments.study import Opened, Part, Place, Shown, Study
@@ -205,7 +206,7 @@ class MixedDomains(Study):
             if record["stopped"].startswith("diverged")
         ]
         stopped = {"stopped": f"diverged: {', '.join(diverged)}; the last good iterate was tested"} if diverged else {}
-        words = "; ".join(f"{gain['domain']}: {_signed(gain['difference'])}" for gain in gains)
+        words = "; ".join(f"{gain['domain']}: {signed(gain['difference'])}" for gain in gains)
         mean = float(np.mean([gain["difference"]["difference"] for gain in gains]))
         return stopped | {
             "headline": {
@@ -323,8 +324,4 @@ def _cells(score: Mapping[str, Any]) -> list[str]:
     if "difference" not in score:
         return [tasks, score["row"], accuracy, "–", "–", "–"]
     by_draw = ", ".join(f"{100 * x:+.1f}" for x in score["by_draw"])
-    return [tasks, score["row"], accuracy, _signed(score["difference"]), score["reference"], by_draw]
-
-
-def _signed(difference: Mapping[str, float]) -> str:
-    return f"{100 * difference['difference']:+.2f} ± {100 * difference['ci95']:.2f}"
+    return [tasks, score["row"], accuracy, signed(score["difference"]), score["reference"], by_draw]

@@ -9,35 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from hyperax.learned_optimizers.preprocessing import log_and_sign
 
-def preprocessed(gradients: Float[Array, "*shape"], p: float = 7.0) -> Float[Array, "*shape 2"]:
-    """Gradients of any magnitude as two numbers of magnitude 1.
-
-        (log |g| / p, sign(g))   if |g| >= exp(-p),   (-1, exp(p) g)   else
-
-    Arguments:
-        gradients: g, of any shape.
-        p: > 0, how many powers of e below 1 are told apart.
-
-    Returns: the two numbers on a new last axis.
-    Cost: a logarithm for each gradient.
-    Reference: Andrychowicz et al. 2016, App. A.
-    Do not use it where many gradients are below exp(-p) but not zero and are differentiated: its slope is exp(p) there.
-
-    >>> preprocessed(jnp.array([1.0, -jnp.exp(-3.5), 0.0])).round(2).tolist()
-    [[0.0, 1.0], [-0.5, -1.0], [-1.0, 0.0]]
-    """
-    size = jnp.abs(gradients)
-    large = size >= jnp.exp(-p)
-    # The inner `where` too: log 0 would make the gradient nan where it is not chosen.
-    first = jnp.where(large, jnp.log(jnp.where(large, size, 1)) / p, -1)
-    return jnp.stack([first, jnp.where(large, jnp.sign(gradients), jnp.exp(p) * gradients)], axis=-1)
+P = 7.0
+"""Of the preprocessing p(g) of gradients, as published: how many powers of e below one are told apart."""
 
 
 class GradientMLP(eqx.Module):
     """A weight from its gradient, by the same small network for all weights: ReLU layers, the last one linear.
 
-        w*_k = scale (v . relu(B relu(A p(g_k) + a) + b) + c),   p(g) = preprocessed(g)
+        w*_k = scale (v . relu(B relu(A p(g_k) + a) + b) + c),   p(g) = log_and_sign(g, 7)
 
     Arguments:
         hidden: units of its two hidden layers, an even number.
@@ -70,7 +51,7 @@ class GradientMLP(eqx.Module):
         draw = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
         first, second, last = (draw(k, (o, i), dtype) for k, (i, o) in zip(keys, pairwise(sizes), strict=True))
         answering = lambda weight, x: weight * jnp.where(weight @ x < 0, -1, 1).astype(dtype)[:, None]
-        usual = preprocessed(jnp.asarray(0.1, dtype))
+        usual = log_and_sign(jnp.asarray(0.1, dtype), P)
         first = answering(first, usual)
         second = answering(second, first @ usual)
         last = -answering(last, second @ first @ usual)
@@ -81,7 +62,7 @@ class GradientMLP(eqx.Module):
 
     def __call__(self, gradients: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """A weight for each gradient."""
-        x = preprocessed(gradients)
+        x = log_and_sign(gradients, P)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = jax.nn.relu(x @ weight.T + bias)
         return self.scale * (x @ self.weights[-1][0] + self.biases[-1][0])
@@ -90,7 +71,7 @@ class GradientMLP(eqx.Module):
 class GradientLSTM(eqx.Module):
     """A weight from a sequence of its gradients, by the same LSTM for all weights.
 
-        h_i, c_i = LSTM(p(g_i), h_{i-1}, c_{i-1}),   w* = scale (v . h_T + b),   p(g) = preprocessed(g)
+        h_i, c_i = LSTM(p(g_i), h_{i-1}, c_{i-1}),   w* = scale (v . h_T + b),   p(g) = log_and_sign(g, 7)
 
     Arguments:
         hidden: units of the LSTM.
@@ -124,7 +105,7 @@ class GradientLSTM(eqx.Module):
 
         def step(state: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
             of_image, is_there = at
-            after = jax.vmap(self.cell)(preprocessed(of_image), state)
+            after = jax.vmap(self.cell)(log_and_sign(of_image, P), state)
             return jax.tree.map(lambda new, old: jnp.where(is_there, new, old), after, state), None
 
         flat = gradients.reshape(gradients.shape[0], -1)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 from hyperax.fewshot.layers import Statistics
 from hyperax.fewshot.learners.formula import FormulaLearner
 from hyperax.fewshot.learners.learner import OnFeatures
-from hyperax.fewshot.learners.similarities import by_class, cosines, features_like, mean_square, present
+from hyperax.fewshot.learners.similarities import by_class, cosines, features_and_key, mean_square, present
 from hyperax.fewshot.networks import Features, Network
 from hyperax.rollout import check_steps
 
@@ -82,9 +82,7 @@ class Matching(FormulaLearner):
         """The initial outer variables around a network."""
         if not self.full_context:
             return {"network": network}
-        like = features_like(network, image_shape, "Matching with full_context", "its LSTMs")
-        if key is None:
-            raise ValueError("Matching with full_context draws its LSTMs: pass key=jax.random.key(seed) to lam")
+        like, key = features_and_key(network, image_shape, key, "Matching with full_context", "its LSTMs")
         size, keys = like.shape[1], jax.random.split(key, 3)
         cell = lambda inputs, key: eqx.nn.LSTMCell(inputs, size, dtype=like.dtype, key=key)
         return {

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from hyperax.fewshot.layers import Statistics
 from hyperax.fewshot.learners.learner import OnFeatures
 from hyperax.fewshot.learners.sequences import SequenceLearner
-from hyperax.fewshot.learners.similarities import cosines, features_like, present
+from hyperax.fewshot.learners.similarities import cosines, features_and_key, present
 from hyperax.fewshot.networks import Network
 from hyperax.rollout import check_steps
 
@@ -113,9 +113,7 @@ class MemoryAugmented(SequenceLearner):
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
         """The initial outer variables around a network."""
-        like = features_like(network, image_shape, "MemoryAugmented", "its controller")
-        if key is None:
-            raise ValueError("MemoryAugmented draws its controller: pass key=jax.random.key(seed) to lam")
+        like, key = features_and_key(network, image_shape, key, "MemoryAugmented", "its controller")
         for_controller, *keys = jax.random.split(key, 4)
         read = self.heads * self.width
         linear = lambda inputs, outputs, key: eqx.nn.Linear(inputs, outputs, dtype=like.dtype, key=key)

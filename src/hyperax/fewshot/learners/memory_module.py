@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from hyperax.fewshot.layers import Statistics
 from hyperax.fewshot.learners.learner import FeatureLearner, OnFeatures
-from hyperax.fewshot.learners.similarities import by_class, features_like, normalised, present
+from hyperax.fewshot.learners.similarities import by_class, features_and_key, normalised, present
 from hyperax.fewshot.networks import Features, Network
 from hyperax.fewshot.targets import Targets, accuracy
 from hyperax.linear_solvers import check_positive
@@ -116,9 +116,9 @@ class MemoryModule(FeatureLearner):
         """The initial outer variables around a network; P is Glorot-uniform."""
         if self.size is None:
             return {"network": network}
-        like = features_like(network, image_shape, "MemoryModule", "the dense layer of its keys (size=None has none)")
-        if key is None:
-            raise ValueError("MemoryModule draws the dense layer of its keys: pass key=jax.random.key(seed) to lam")
+        like, key = features_and_key(
+            network, image_shape, key, "MemoryModule", "the dense layer of its keys (size=None has none)"
+        )
         initialise = jax.nn.initializers.glorot_uniform()
         return {"network": network, "projection": initialise(key, (self.size, like.shape[1]), like.dtype)}
 

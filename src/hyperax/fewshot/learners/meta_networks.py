@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from hyperax.fewshot.layers import Statistics
 from hyperax.fewshot.learners.fast_weights import GradientLSTM, GradientMLP
 from hyperax.fewshot.learners.learner import FeatureLearner, OnFeatures
-from hyperax.fewshot.learners.similarities import cosines, features_like, present
+from hyperax.fewshot.learners.similarities import cosines, features_and_key, present
 from hyperax.fewshot.networks import Features, Network
 from hyperax.fewshot.targets import Targets, cross_entropy
 from hyperax.linear_solvers import check_positive
@@ -109,9 +109,7 @@ class MetaNetworks(FeatureLearner):
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
         """The initial outer variables around a network; slow weights are Glorot-uniform."""
-        like = features_like(network, image_shape, "MetaNetworks", "its dense layers")
-        if key is None:
-            raise ValueError("MetaNetworks draws its layers: pass key=jax.random.key(seed) to lam")
+        like, key = features_and_key(network, image_shape, key, "MetaNetworks", "its dense layers")
         keys, dtype, features = jax.random.split(key, 7), like.dtype, like.shape[1]
         draw = jax.nn.initializers.glorot_uniform(in_axis=1, out_axis=0)
         layers = lambda first, second: Layers(

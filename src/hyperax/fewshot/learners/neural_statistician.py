@@ -23,7 +23,7 @@ from hyperax.fewshot.learners.latent_variables import (
     standard,
 )
 from hyperax.fewshot.learners.learner import unit
-from hyperax.fewshot.learners.similarities import features_like, present
+from hyperax.fewshot.learners.similarities import features_and_key, present
 from hyperax.fewshot.networks import Features, Network
 from hyperax.fewshot.targets import Targets, accuracy, cross_entropy
 from hyperax.rollout import check_steps
@@ -123,9 +123,7 @@ class NeuralStatistician(FormulaLearner):
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
         """The initial outer variables around a network."""
-        like = features_like(network, image_shape, "NeuralStatistician", "its perceptrons")
-        if key is None:
-            raise ValueError("NeuralStatistician draws its perceptrons: pass key=jax.random.key(seed) to lam")
+        like, key = features_and_key(network, image_shape, key, "NeuralStatistician", "its perceptrons")
         assert image_shape is not None
         features, hidden, context, latent = like.shape[1], self.hidden, self.context, self.latent
         sizes = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from hyperax.fewshot.layers import own_moments
 from hyperax.fewshot.networks import Features, Network
@@ -70,3 +70,17 @@ def features_like(
             f"{learner} needs the number of features for {needs}: pass image_shape=(height, width, channels) to lam"
         )
     return eqx.filter_eval_shape(network, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), own_moments)
+
+
+def features_and_key(
+    network: Network,
+    image_shape: tuple[int, int, int] | None,
+    key: Key[Array, ""] | None,
+    learner: str,
+    draws: str,
+) -> tuple[jax.ShapeDtypeStruct, Key[Array, ""]]:
+    """`features_like`, and the key for what a learner draws; `ValueError` without one of them."""
+    like = features_like(network, image_shape, learner, draws)
+    if key is None:
+        raise ValueError(f"{learner} draws {draws}: pass key=jax.random.key(seed) to lam")
+    return like, key

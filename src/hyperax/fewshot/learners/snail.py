@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from hyperax.fewshot.layers import Statistics
 from hyperax.fewshot.learners.learner import OnFeatures
 from hyperax.fewshot.learners.sequences import CausalAttention, GatedConvolution, Positions, SequenceLearner
-from hyperax.fewshot.learners.similarities import features_like, mean_square, present
+from hyperax.fewshot.learners.similarities import features_and_key, mean_square, present
 from hyperax.fewshot.networks import Network
 from hyperax.rollout import check_steps
 
@@ -87,9 +87,7 @@ class SNAIL(SequenceLearner):
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
         """The initial outer variables around a network."""
-        like = features_like(network, image_shape, "SNAIL", "its layers")
-        if key is None:
-            raise ValueError("SNAIL draws its layers: pass key=jax.random.key(seed) to lam")
+        like, key = features_and_key(network, image_shape, key, "SNAIL", "its layers")
         for_embedding, for_output, for_blocks = jax.random.split(key, 3)
         linear = lambda inputs, outputs, key: eqx.nn.Linear(inputs, outputs, dtype=like.dtype, key=key)
         channels = self.embedding + self.ways
