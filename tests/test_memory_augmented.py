@@ -1,5 +1,6 @@
 """The memory-augmented network against its equations, written out step by step, and by hand."""
 
+from dataclasses import replace
 from functools import cache
 
 import equinox as eqx
@@ -63,7 +64,7 @@ def read(key, memory):
     return scores / scores.sum()
 
 
-def plain(episode):
+def plain(episode, offset):
     """The logits, by the equations of the paper with a loop over steps, heads and slots."""
     scaled = lambda images: images.astype(jnp.float32) / 255
     support, query = encode(lam()["network"], scaled(episode.support), scaled(episode.query), "support")
@@ -74,7 +75,9 @@ def plain(episode):
     support, labels = support[order], np.eye(WAYS)[np.asarray(episode.support_labels)[order]]
     hidden, cell, reads = np.zeros(5), np.zeros(5), np.zeros((2, 3))
     memory, addresses, usage = np.zeros((6, 3)), np.zeros((2, 6)), np.zeros(6)
-    steps = [*zip(support, [np.zeros(WAYS), *labels[:-1]], strict=True), (np.zeros(support.shape[1]), labels[-1])]
+    steps = [*zip(support, labels, strict=True)]
+    if offset:
+        steps = [*zip(support, [np.zeros(WAYS), *labels[:-1]], strict=True), (np.zeros(support.shape[1]), labels[-1])]
     for features, label in steps:
         hidden, cell = control(features, label, hidden, cell, reads)
         keys, gates = affine(lam()["keys"], hidden).reshape(2, 3), sigmoid(affine(lam()["gates"], hidden))
@@ -97,15 +100,16 @@ def plain(episode):
     return np.stack(found)
 
 
-def test_the_learner_is_its_equations_and_padding_has_no_part():
-    expected = plain(EPISODE)
-    np.testing.assert_allclose(logits_of(LEARNER, lam(), EPISODE), expected, rtol=1e-10)
-    np.testing.assert_allclose(logits_of(LEARNER, lam(), PADDED)[:6], expected, rtol=1e-10)
+@pytest.mark.parametrize("offset", [False, True])
+def test_the_learner_is_its_equations_and_padding_has_no_part(offset):
+    learner, expected = replace(LEARNER, offset=offset), plain(EPISODE, offset)
+    np.testing.assert_allclose(logits_of(learner, lam(), EPISODE), expected, rtol=1e-10)
+    np.testing.assert_allclose(logits_of(learner, lam(), PADDED)[:6], expected, rtol=1e-10)
 
 
 def test_writing_and_reading_by_hand():
     """A key of (1, 0) and a gate of one half at both steps, whatever the LSTM says; the scale makes e^cos a 2."""
-    learner = MemoryAugmented(2, units=1, slots=3, width=2, heads=1, decay=0.5, scale=float(np.log(2)))
+    learner = MemoryAugmented(2, units=1, slots=3, width=2, heads=1, decay=0.5, scale=float(np.log(2)), offset=True)
     start = learner.lam(PerImage(jnp.ravel), (1, 1, 1), jax.random.key(0))
     start = jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_array(x) else x, start)
     start["keys"] = eqx.tree_at(lambda keys: keys.bias, start["keys"], jnp.array([1.0, 0.0], jnp.float32))
@@ -141,7 +145,7 @@ def test_query_images_and_the_order_of_the_support_set_do_not_matter_to_others()
     assert np.abs(before[1] - after[1]).max() > 1e-8
     turned = EPISODE._replace(support=EPISODE.support[::-1], support_labels=EPISODE.support_labels[::-1])
     np.testing.assert_allclose(logits_of(LEARNER, lam(), turned), before, rtol=1e-10)
-    last = sequence_order(EPISODE.support)[-1]  # whose label comes in a step of its own
+    last = sequence_order(EPISODE.support)[-1]
     relabelled = EPISODE._replace(support_labels=EPISODE.support_labels.at[last].set(3))
     assert np.abs(logits_of(LEARNER, lam(), relabelled) - before).max() > 1e-8
 

@@ -251,7 +251,10 @@ def test_ways_are_fixed():
         (lambda: GradientMLP(3, jax.random.key(0)), "hidden is 3; it must be even"),
         (lambda: MetaNetworks(5, scale=0.0), "scale is 0.0; it must be a number > 0"),
         (lambda: MetaNetworks(5).lam(small_net()), "MetaNetworks needs the number of features for its dense layers"),
-        (lambda: MetaNetworks(5).lam(small_net(), SHAPE), r"MetaNetworks draws its dense layers: pass key=jax.random.key"),
+        (
+            lambda: MetaNetworks(5).lam(small_net(), SHAPE),
+            "draws its dense layers: pass key=jax.random.key",
+        ),
     ],
     ids=range(6),
 )

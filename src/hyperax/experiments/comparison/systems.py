@@ -27,7 +27,8 @@ def systems(dataset: DatasetName, published: Callable[[str], Any]) -> tuple[Entr
             "Memory-augmented nets",
             MemoryAugmented,
             fixed_ways=True,
-            note="on the convolutional network, features standardised by the support set; cosines multiplied by 20.",
+            note="on the convolutional network, features standardised by the support set; labels come with their "
+            "images, not a step later; cosines multiplied by 20.",
         ),
         row(
             "Memory module",

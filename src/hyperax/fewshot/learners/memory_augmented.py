@@ -41,16 +41,15 @@ class MemoryAugmented(SequenceLearner):
     """Few-shot learning by a controller with an external memory, to which it writes where it has read or at what is
     least used.
 
-        h_t = LSTM([h_lam(x_t), y_{t-1}, r_{t-1}]),   k_t^i = K_i h_t,   g_t^i = sigmoid(G_i h_t),     heads i
+        h_t = LSTM([h_lam(x_t), y_t, r_{t-1}]),   k_t^i = K_i h_t,   g_t^i = sigmoid(G_i h_t),     heads i
         w_t^{w,i} = g_t^i w_{t-1}^{r,i} + (1 - g_t^i) (one-hot at the i-th least of w_{t-1}^u),
         M_t = M_{t-1}, zero in those least used rows, + sum over i of w_t^{w,i} k_t^i,
         w_t^{r,i} = softmax over rows of scale * cos(k_t^i, M_t),   r_t^i = w_t^{r,i} M_t,
         w_t^u = gamma w_{t-1}^u + sum over i of (w_t^{r,i} + w_t^{w,i}),
-        logits(x) = C [h, r] + c   with h and r of one more step, for a query image, that writes nothing
+        logits(x) = C [h, r] + c   with h and r of one more step, for a query image with y = 0, that writes nothing
 
-    A label comes one step after its image: y_0 = 0, and after the support images one step without an image brings the
-    last label. Then M is what the task has taught; query images read it, each by itself. The state after that is w:
-    L^j(w, lam) = |w - state|^2, w = argmin of L^j.
+    After the support images M is what the task has taught; query images read it, each by itself. The state after that
+    is w: L^j(w, lam) = |w - state|^2, w = argmin of L^j.
 
     Arguments:
         ways: classes an episode.
@@ -67,8 +66,9 @@ class MemoryAugmented(SequenceLearner):
     `key`.
     Raises: `ValueError` for sizes below 1, fewer slots than heads, a decay outside of [0, 1], a scale that is not
     positive, in `lam` if shape or key are missing, and where lam is for another number of ways.
-    Cost: one pass of the network over the episode, N K + 1 steps in turn of 4 units (features + ways + heads width +
-    units) multiplications for the LSTM and 3 heads slots width for the memory, and a step for each query image.
+    Cost: one pass of the network over the episode, N K steps in turn (one more with `offset`) of 4 units (features +
+    ways + heads width + units) multiplications for the LSTM and 3 heads slots width for the memory, and a step for each
+    query image.
     Reference: Santoro et al. 2016, Sec. 3 and eq. 2-8. There images are pixels and the loss is that of all positions of
     a longer sequence, each asked before its label comes; here h_lam is any network, its features standardised
     (`SequenceLearner`), and the loss is that of the query images. Of several heads the paper says little; here each
@@ -93,6 +93,7 @@ class MemoryAugmented(SequenceLearner):
     heads: int = 4
     decay: float = 0.99
     scale: float = 20.0
+    offset: bool = False
 
     def __check_init__(self):
         for name in ("units", "slots", "width", "heads"):
@@ -131,11 +132,13 @@ class MemoryAugmented(SequenceLearner):
         }
 
     def init(self, lam: Any, prepared: OnFeatures) -> Memory:
-        """The state after the support set: the images each with the label before, and the last label."""
+        """The state after the support set: the images each with its label, or with the label before."""
         there = present(prepared.support_targets)
-        labels = prepared.support_targets.one_hot * there[:, None]
-        # Padding comes first: without its labels, the first image that is there follows none.
-        sequence = (jnp.pad(prepared.support, ((0, 1), (0, 0))), jnp.pad(labels, ((1, 0), (0, 0))))
+        images, labels, taken = prepared.support, prepared.support_targets.one_hot * there[:, None], there
+        if self.offset:
+            # Padding comes first: without its labels, the first image that is there follows none.
+            images, labels = jnp.pad(images, ((0, 1), (0, 0))), jnp.pad(labels, ((1, 0), (0, 0)))
+            taken = jnp.pad(there, (0, 1), constant_values=True)
 
         def step(state: Memory, at: tuple[Array, Array, Array]) -> tuple[Memory, None]:
             features, label, is_there = at
@@ -152,7 +155,7 @@ class MemoryAugmented(SequenceLearner):
             zeros(heads, slots),
             zeros(slots),
         )
-        return jax.lax.scan(step, empty, (*sequence, jnp.pad(there, (0, 1), constant_values=True)))[0]
+        return jax.lax.scan(step, empty, (images, labels, taken))[0]
 
     def inner(self, w: Memory, lam: Any, prepared: OnFeatures) -> Array:
         """L: the squared distance of w to the state after the support set."""
