@@ -265,7 +265,7 @@ def test_the_papers_numbers_are_in_their_tables():
         for e in kind(dataset="miniimagenet").entrants()
         if e.name == name
     )
-    table3, table4, bridge1, bridge2, _, _ = COMPARISONS
+    table3, table4, bridge1, bridge2, *_ = COMPARISONS
     found = {
         "RN": number(table3, "Hyper-representation", Setting(5, 1)),
         "MAML": number(table3, "MAML", Setting(5, 5)),
