@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from hyperax.dynamics.dynamics import Step
+from hyperax.learned_optimizers.coordinatewise import State, lstm_step
 from hyperax.learned_optimizers.preprocessing import log_and_sign
 from hyperax.learned_optimizers.update_rule import Inputs, UpdateRule, in_type, like, random_matrix, ravelled
 from hyperax.problem import W
 from hyperax.rollout import check_steps
 
-Memory = tuple[tuple[Float[Array, "d units"], Float[Array, "d units"]], ...]
-"""(h, c) of each layer."""
+Memory = tuple[State, ...]
+"""(h, c) of each layer, [units, d] each."""
 
 
 class LSTMRule(UpdateRule):
@@ -32,8 +33,8 @@ class LSTMRule(UpdateRule):
         output_scale: > 0, in units of w.
 
     Raises: `ValueError` for numbers outside these ranges.
-    Cost: a step multiplies a [d, 2 + units] and a [d, units] matrix by the weights of each layer; memory 2 layers
-    units d numbers; parameters about 5,300 whatever d is, with the defaults.
+    Cost: `lstm_step` for each layer; memory 2 layers units d numbers, and in a reverse pass as much for each step;
+    parameters about 5,300 whatever d is, with the defaults.
     Reference: Andrychowicz et al. 2016, Sec. 2.1 and App. A. There the derivative of the gradients is dropped, which
     is `FirstOrder`, or `first_order` of `MetaTraining`; with `Reverse` it is kept. Published weights begin at random
     sizes; here a, b are a tenth of that, so that the untrained rule hardly moves w, and a forget gate begins near one.
@@ -43,7 +44,7 @@ class LSTMRule(UpdateRule):
     >>> w = {"weight": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     >>> update, memory = jax.eval_shape(rule.update, Inputs(w, gradient=w), rule.init(w), jnp.asarray(1))
     >>> update["weight"].shape, memory[0][0].shape
-    ((3, 2), (8, 20))
+    ((3, 2), (20, 8))
     """
 
     cells: tuple[eqx.nn.LSTMCell, ...]
@@ -69,19 +70,19 @@ class LSTMRule(UpdateRule):
     def init(self, w: W) -> Memory:
         """Nothing remembered: zeros."""
         flat = ravelled(w)
-        zeros = lambda cell: jnp.zeros((flat.size, cell.hidden_size), flat.dtype)
+        zeros = lambda cell: jnp.zeros((cell.hidden_size, flat.size), flat.dtype)
         return tuple((zeros(cell), zeros(cell)) for cell in self.cells)
 
     def update(self, inputs: Inputs, memory: Memory, t: Step) -> tuple[W, Memory]:
         """One step of the LSTM at every coordinate."""
         g = ravelled(inputs.gradient)
         rule = in_type(self, g.dtype)
-        x, following = log_and_sign(g, self.p), []
+        x, following = log_and_sign(g, self.p).T, []
         for cell, state in zip(rule.cells, memory, strict=True):
-            state = jax.vmap(cell)(x, state)  # a matrix of all coordinates times the weights
+            state = lstm_step(cell, x, state)
             x = state[0]
             following.append(state)
-        u = self.output_scale * (x @ rule.weight[0] + rule.bias)
+        u = self.output_scale * (rule.weight[0] @ x + rule.bias)
         return like(inputs.w, u), tuple(following)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from hyperax.learned_optimizers.coordinatewise import lstm_step
 from hyperax.learned_optimizers.preprocessing import log_and_sign
 
 P = 7.0
@@ -105,10 +106,10 @@ class GradientLSTM(eqx.Module):
 
         def step(state: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
             of_image, is_there = at
-            after = jax.vmap(self.cell)(log_and_sign(of_image, P), state)
+            after = lstm_step(self.cell, log_and_sign(of_image, P).T, state)
             return jax.tree.map(lambda new, old: jnp.where(is_there, new, old), after, state), None
 
         flat = gradients.reshape(gradients.shape[0], -1)
-        zero = jnp.zeros((flat.shape[1], self.readout.shape[0]), flat.dtype)
+        zero = jnp.zeros((self.readout.shape[0], flat.shape[1]), flat.dtype)
         (h, _), _ = jax.lax.scan(step, (zero, zero), (flat, there))
-        return self.scale * (h @ self.readout + self.bias).reshape(gradients.shape[1:])
+        return self.scale * (self.readout @ h + self.bias).reshape(gradients.shape[1:])

@@ -35,7 +35,7 @@ def meta_lstm(
     lam is that of `Initialisation` and `"rule"`, for which `lam` needs a `key`. In the paper T is about ten.
     Returns: the learner, an `Initialisation`.
     Cost: beside the inner run, some thousand multiplications a step for each adapted parameter, and in training the
-    memory of about 8 units numbers for each step and parameter: on a CPU use few filters, or adapt a part (`adapted`).
+    memory of about 2 units numbers for each step and parameter: on a CPU use few filters, or adapt a part (`adapted`).
     Reference: Ravi and Larochelle 2017, Sec. 3. There the head's start is learned too (head="learned"), and batch
     normalisation takes statistics that are kept over the images of an episode in training, of all episodes in the test;
     here of the images at hand ("set").
