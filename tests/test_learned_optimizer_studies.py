@@ -43,6 +43,7 @@ DIGITS = LearnedOptimizerMnist(
     transfer_hidden=(3,),
     momenta=(0.9,),
     rules=("step-sizes",),
+    block=1,
 )
 
 
@@ -131,6 +132,28 @@ def test_a_classification_problem_and_its_mini_batches():
     assert {row.tobytes() for row in drawn} <= {row.tobytes() for row in np.asarray(images.pixels)}
     with pytest.raises(ValueError, match="measured_images is 31, and a side has 30 images"):
         classification(images, 0, 6, 31)
+
+
+def test_pixels_of_a_block_share_a_weight_whose_gradient_is_that_of_each_in_the_mean():
+    random = np.random.default_rng(1)
+    images = Images(jnp.asarray(random.integers(0, 256, (9, 16)), jnp.uint8), jnp.asarray(random.integers(0, 10, 9)))
+    single, shared = (classification(images, 0, 4, 9, block) for block in (1, 2))
+    one = shared.draw(jax.random.key(0), images)
+    w = one["own"]["w"]["output"]
+    assert w["weight"].shape == (4, 10)
+    block_of = np.arange(4)[:, None] // 2 * 2 + np.arange(4)[None] // 2  # of the pixel in this row and column
+    full = {"output": {"weight": w["weight"][block_of.ravel()], "bias": w["bias"]}}
+    of_single, of_shared = (
+        jax.grad(lambda w, f=f: f.problem.inner(w, None, f.problem.batch(one, jnp.asarray(2))))(x)["output"]
+        for f, x in ((single, full), (shared, {"output": w}))
+    )
+    means = [np.asarray(of_single["weight"])[block_of.ravel() == b].mean(0) for b in range(4)]
+    np.testing.assert_allclose(of_shared["weight"], means, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(of_shared["bias"], of_single["bias"] / 4, rtol=1e-4, atol=1e-7)
+    E = [f.problem.outer(x, None, one) for f, x in ((single, full), (shared, {"output": w}))]
+    np.testing.assert_allclose(*E, rtol=1e-5)
+    with pytest.raises(ValueError, match="block is 3; images of 16 pixels are not made of such squares: use 1"):
+        classification(images, 0, 4, 9, 3)
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +306,8 @@ def test_blocks_and_times():
         (LearnedOptimizerQuadratics, {"start": -1.0}, "start is -1.0"),
         (LearnedOptimizerMnist, {"model": "cnn"}, "use 'softmax' or 'network'"),
         (LearnedOptimizerMnist, {"data": "cifar"}, "data is 'cifar'"),
+        (LearnedOptimizerMnist, {"block": 5}, "images of 784 pixels are not made of such squares"),
+        (LearnedOptimizerMnist, {"rules": ("step-sizes",)}, "belong to the coordinates .* use block=1"),
         (LearnedOptimizerMnist, {"transfer_hidden": (0,)}, "transfer_hidden must be a whole number"),
     ],
 )

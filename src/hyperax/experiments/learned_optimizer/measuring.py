@@ -126,6 +126,7 @@ def train(config: LearnedOptimizerStudy, name: str, family: Family, main: Settin
             window=config.window,
             tasks=config.tasks,
             curriculum=config.curriculum,
+            at_end=config.at_end,
             first_order=config.first_order,
             parallel=family.parallel,
             seed=config.seed,

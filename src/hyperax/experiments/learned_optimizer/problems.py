@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -84,7 +85,7 @@ class Images(NamedTuple):
     labels: Int[Array, " n"]
 
 
-def classification(images: Images, hidden: int, batch_size: int, measured: int) -> Family:
+def classification(images: Images, hidden: int, batch_size: int, measured: int, block: int = 1) -> Family:
     """Models of ten classes on mini-batches of these images, from random weights.
 
         z = W x + c   (softmax regression),   or   z = W sigmoid(V x + a) + c   with `hidden` units
@@ -93,13 +94,19 @@ def classification(images: Images, hidden: int, batch_size: int, measured: int) 
     B_t is drawn with replacement from all images, by the key of the problem and t. Weights begin as Gaussians of
     standard deviation 1 / sqrt(inputs), biases at zero.
 
+    With a `block` b > 1 the pixels of each b x b block share their weights: a cheaper problem, with b^2 times fewer
+    coordinates in the first layer, on which a coordinatewise rule learns steps that are right for single pixels. For
+    that x are the sums of blocks, L_t is divided by b^2, so that gradients are the means over blocks of those of single
+    pixels, and weights begin as the means of b^2 Gaussians.
+
     Arguments:
         images: all images of the family.
         hidden: units of the hidden layer; 0 for softmax regression.
         batch_size: images in B_t.
         measured: images that E is a mean over; each problem draws its own, without repetition.
+        block: b, a divisor of the side of the images, which are square then.
 
-    Raises: `ValueError` for more measured images than there are, or counts that are none.
+    Raises: `ValueError` for more measured images than there are, counts that are none, or a block that does not fit.
     Reference: Andrychowicz et al. 2016, Sec. 3.2: 20 sigmoid units, mini-batches of 128.
 
     >>> images = Images(jnp.zeros((30, 4), jnp.uint8), jnp.zeros(30, jnp.int32))
@@ -109,28 +116,53 @@ def classification(images: Images, hidden: int, batch_size: int, measured: int) 
     """
     for name, value, least in (("hidden", hidden, 0), ("batch_size", batch_size, 1), ("measured_images", measured, 1)):
         check_steps(value, name, least)
-    count, inputs = images.pixels.shape
+    count, pixels = images.pixels.shape
+    blocks = in_blocks(pixels, block)
+    inputs = pixels // block**2
     if measured > count:
         raise ValueError(f"measured_images is {measured}, and a side has {count} images here: use at most so many")
     sizes = {"hidden": (inputs, hidden), "output": (hidden, 10)} if hidden else {"output": (inputs, 10)}
+    first = next(iter(sizes))
 
     def own(key: Key[Array, ""]) -> Data:
         weights, batches, chosen = jax.random.split(key, 3)
         keys = dict(zip(sizes, jax.random.split(weights, len(sizes)), strict=True))
         w = {name: _layer(keys[name], *size) for name, size in sizes.items()}
+        # From Gaussians of 1 / sqrt(blocks) to means of b^2 Gaussians of 1 / sqrt(pixels).
+        w[first]["weight"] = w[first]["weight"] / np.float32(block**2)
         return {"w": w, "key": batches, "measured": jax.random.permutation(chosen, count)[:measured]}
 
+    def chosen(pool: Images, index: Int[Array, " k"]) -> tuple[Array, Array]:
+        x, y = _chosen(pool, index)
+        return blocks(x), y
+
     def batch(d: Data, t: Int[Array, ""]) -> Data:
-        return _chosen(d["pool"], jax.random.randint(jax.random.fold_in(d["own"]["key"], t), (batch_size,), 0, count))
+        return chosen(d["pool"], jax.random.randint(jax.random.fold_in(d["own"]["key"], t), (batch_size,), 0, count))
 
     problem = Problem(
-        inner=lambda w, lam, examples: _cross_entropy(w, *examples),
-        outer=lambda w, lam, d: _cross_entropy(w, *_chosen(d["pool"], d["own"]["measured"])),
+        inner=lambda w, lam, examples: _cross_entropy(w, *examples) / block**2,
+        outer=lambda w, lam, d: _cross_entropy(w, *chosen(d["pool"], d["own"]["measured"])),
         init=lambda lam, d: d["own"]["w"],
         batch=batch,
     )
     # What a processor computes for one problem stays in its cache; an accelerator wants them all.
     return Family(problem, own, images, 1 if jax.default_backend() == "cpu" else None)
+
+
+def in_blocks(pixels: int, block: int) -> Callable[[Float[Array, "k pixels"]], Float[Array, "k blocks"]]:
+    """Sums over square blocks of pixels of square images; with blocks of one pixel, the pixels.
+
+    Raises: `ValueError` for a block whose side does not divide that of the images.
+
+    >>> in_blocks(16, 2)(jnp.arange(16.0)[None]).tolist()
+    [[10.0, 18.0, 42.0, 50.0]]
+    """
+    check_steps(block, "block", 1)
+    side = math.isqrt(pixels)
+    if block > 1 and (side**2 != pixels or side % block):
+        raise ValueError(f"block is {block}; images of {pixels} pixels are not made of such squares: use 1")
+    n = side // block
+    return lambda x: x if block == 1 else x.reshape(-1, n, block, n, block).sum((2, 4)).reshape(-1, n**2)
 
 
 def _layer(key: Key[Array, ""], inputs: int, outputs: int) -> dict[str, Array]:

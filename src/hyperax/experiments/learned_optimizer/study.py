@@ -47,6 +47,8 @@ class LearnedOptimizerStudy(Study):
     """T: inner steps of a run that is tested; the other length is ten times it."""
     window: int = 20
     """Inner steps of a hyperiteration, through which the hypergradient goes."""
+    at_end: bool = False
+    """Whether meta-training minimises E at the last step of each window alone, not its mean along the window."""
     shortest: int = 100
     """The fewest inner steps of a run in meta-training."""
     longest: int = 100
@@ -239,7 +241,8 @@ class LearnedOptimizerStudy(Study):
 
     def _training(self, record: Mapping[str, Any]) -> str:
         runs = f"{self.shortest}" if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
-        constants = "gradients of L count as constants of the hypergradient; " if self.first_order else ""
+        constants = "E at their last step; " if self.at_end else ""
+        constants += "gradients of L count as constants of the hypergradient; " if self.first_order else ""
         return (
             f"{record['rule']}: {record['parameters']:,} parameters, {record['hyperiterations']} hyperiterations of "
             f"{self.tasks} problems and windows of {self.window} steps in runs of {runs} ({record['seconds']:.0f} s); "
@@ -256,8 +259,9 @@ class LearnedOptimizerStudy(Study):
         best = {rule: measured[f"train-{rule}"].records[0]["best"] for rule in self.rules}
         baselines = tuned(measured[f"tune-{main}"], self.horizon)
         name = min(baselines, key=lambda name: baselines[name]["loss"])
+        objective = "the loss at the end of the windows" if self.at_end else "the mean loss along the windows"
         words = (
-            "Meta-training by hyperiteration: the mean loss along the windows, and the mean loss after "
+            f"Meta-training by hyperiteration: {objective}, and the mean loss after "
             f"{self.horizon} steps of the validation problems; diamond: the iterate that is kept; dashed: {name} with "
             "its best step size, on the same problems."
         )
