@@ -110,7 +110,7 @@ class LearnedOptimizerMnist(LearnedOptimizerStudy):
     block: int = 4
     """In meta-training the pixels of each square of so many times so many share their weights; 1: each has its own."""
     # Whole runs with exact derivatives: on the training images rules that were trained on windows of 20 steps, or with
-    # the gradients of L as constants, came to a constant step size of Adam and not below. Most of the time is the LSTM's.
+    # the gradients of L as constants, came to the best Adam and not below. Most of the time is the LSTM's.
     window: int = 100
     hyperiterations: int = 400
     tasks: int = 8
