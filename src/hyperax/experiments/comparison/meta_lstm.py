@@ -53,9 +53,9 @@ class MetaLSTM(Comparison):
     def entrants(self) -> tuple[Entrant, ...]:
         """The given rule, then the learned ones."""
         return (
-            self._row("MAML", maml, learning_rate=3e-3),
-            self._row("First-order MAML", lambda ways: maml(ways, first_order=True), learning_rate=3e-3),
-            self._row("Meta-SGD", meta_sgd, learning_rate=3e-3),
+            self._row("MAML", maml),
+            self._row("First-order MAML", lambda ways: maml(ways, first_order=True)),
+            self._row("Meta-SGD", meta_sgd),
             self._row("Meta-LSTM", lambda ways: meta_lstm(ways, step_size=0.1), note="first order, as published."),
             self._row("Meta-LSTM, exact", lambda ways: meta_lstm(ways, step_size=0.1, first_order=False)),
         )
@@ -69,6 +69,7 @@ class MetaLSTM(Comparison):
             steps=self.inner_steps,
             most_steps=2 * self.inner_steps,
             filters=self.filters,
+            learning_rate=3e-3,
             **options,
         )
 

@@ -57,6 +57,7 @@ def systems(dataset: DatasetName, published: Callable[[str], Any]) -> tuple[Entr
             steps=5,
             most_steps=8,
             filters=16,
+            learning_rate=3e-3,
             note="first order, as published; a network of 16 filters, for the rule costs as much as it has weights.",
         ),
     )
