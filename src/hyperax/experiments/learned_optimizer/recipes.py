@@ -180,6 +180,15 @@ class LearnedOptimizerMnist(LearnedOptimizerStudy):
             "loss of a problem is measured on; other random starts"
         )
 
+    def _protocol(self) -> list[str]:
+        if self.block == 1:
+            return super()._protocol()
+        return [
+            *super()._protocol(),
+            f"In meta-training each {self.block} x {self.block} pixels share their weights, which makes a problem "
+            f"{self.block**2} times smaller; validation and test problems have a weight for every pixel.",
+        ]
+
 
 _PIXELS: dict[DataName, int] = {"mnist": 784, "digits": 64}
 
