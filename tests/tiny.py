@@ -63,8 +63,8 @@ def compiled_once(folder):
 
 
 # Most of a short process is imports: each begins as the copy of one that has imported much and computed nothing.
-_COPIES = multiprocessing.get_context("forkserver")
-_COPIES.set_forkserver_preload(["hyperax.cli", "hyperax.experiments.few_shot", "matplotlib.pyplot", "tyro", "pytest"])
+COPIES = multiprocessing.get_context("forkserver")
+COPIES.set_forkserver_preload(["hyperax.cli", "hyperax.experiments.few_shot", "matplotlib.pyplot", "tyro", "pytest"])
 
 
 def begin(log, folder, function, *arguments):
@@ -72,7 +72,7 @@ def begin(log, folder, function, *arguments):
 
     What it says goes to the file `log`; data sets and programs are cached in the folder.
     """
-    process = _COPIES.Process(target=_call, args=(log, folder, function, arguments))
+    process = COPIES.Process(target=_call, args=(log, folder, function, arguments))
     process.start()
     return process
 
