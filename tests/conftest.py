@@ -11,7 +11,9 @@ jax.config.update("jax_num_cpu_devices", 2)  # for the tests that shard tasks ov
 
 # Most of the suite's time is the compilation of small programs: without these options it is three times as long.
 # What XLA_FLAGS already says comes last, and wins; `problems.OPTIMISED` compiles one program as outside of the tests.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 if QUICK not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 

@@ -3,9 +3,6 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -14,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import tiny
 from hyperax.checkpoint import Checkpoint
 from hyperax.constraints import Box, Positive
 from hyperax.minimize import minimize
@@ -224,53 +222,49 @@ class TestRefusals:
             Checkpoint("runs", every=1, identity={"data": object()})
 
 
-SCRIPT = """
-import json, sys, time
-import jax, jax.numpy as jnp, optax
-jax.config.update("jax_enable_x64", True)
-from hyperax.checkpoint import Checkpoint
-from hyperax.minimize import minimize
-from hyperax.problem import Hypergradient
-from hyperax.stopping import Validation
+def descend(directory, pause):
+    def hypergradient(lam, data, carry):
+        value, grad = jax.value_and_grad(lambda lam: jnp.sum((jnp.sin(lam) - data) ** 2))(lam)
+        return Hypergradient(value, grad, None, {}, carry)
 
-def hypergradient(lam, data, carry):
-    value, grad = jax.value_and_grad(lambda lam: jnp.sum((jnp.sin(lam) - data) ** 2))(lam)
-    return Hypergradient(value, grad, None, {}, carry)
-
-def main(directory, pause):
     solution = minimize(
-        hypergradient, jnp.linspace(-1.0, 1.0, 5), data=0.1,
-        sample=lambda key, data: data * jax.random.uniform(key, (5,)), key=jax.random.key(0),
-        optimizer=optax.adam(0.05), steps=300, record_every=2,
+        hypergradient,
+        jnp.linspace(-1.0, 1.0, 5),
+        data=0.1,
+        sample=lambda key, data: data * jax.random.uniform(key, (5,)),
+        key=jax.random.key(0),
+        optimizer=optax.adam(0.05),
+        steps=300,
+        record_every=2,
         validation=Validation(lambda lam: float(jnp.sum(lam**2)), every=25),
-        checkpoint=Checkpoint(directory, every=2), resume="auto", callbacks=lambda progress: time.sleep(pause),
+        checkpoint=Checkpoint(directory, every=2),
+        resume="auto",
+        callbacks=lambda progress: time.sleep(pause),
     )
     return json.dumps([[x.hex() for x in solution.lam.tolist()], solution.history, solution.best])
-"""
+
+
+def descend_here(directory, pause):
+    jax.config.update("jax_enable_x64", True)
+    print(descend(directory, pause))
 
 
 def test_a_process_killed_at_random_moments(tmp_path):
-    def start(pause):
-        program = SCRIPT + "print(main(sys.argv[1], float(sys.argv[2])))"
-        command = [sys.executable, "-c", program, str(tmp_path / "killed"), str(pause)]
-        return subprocess.Popen(
-            command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-
+    log = tmp_path / "said.log"
+    start = lambda pause: tiny.begin(log, tmp_path, descend_here, tmp_path / "killed", pause)
     chance, survived = random.Random(), 0
     checkpoint = Checkpoint(tmp_path / "killed", every=2)
     for _ in range(2):
-        before = checkpoint.files()
-        with start(pause=0.005) as process:
-            deadline = time.monotonic() + 60
-            while checkpoint.files() == before and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(chance.uniform(0, 0.15))
-            process.send_signal(signal.SIGKILL)
-            survived += process.wait() == 0
+        before, process = checkpoint.files(), start(pause=0.005)
+        deadline = time.monotonic() + 60
+        while checkpoint.files() == before and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.15))
+        process.kill()
+        process.join()
+        survived += process.exitcode == 0
     assert survived < 2  # at least one of them was killed in the middle
     last = start(pause=0)
-    namespace = {}
-    exec(SCRIPT, namespace)
-    uninterrupted = namespace["main"](tmp_path / "reference", 0)
-    assert json.loads(last.communicate()[0]) == json.loads(uninterrupted)
+    uninterrupted = descend(tmp_path / "reference", 0)
+    last.join(60)
+    assert json.loads(log.read_text()) == json.loads(uninterrupted)

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import multiprocessing
 import os
 import unicodedata
 import zipfile
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import tiny
 from hyperax.fewshot.datasets import Glyphs, ImageClasses, ImageFolder, MetaDataset, MiniImageNet, Omniglot, describe
 from hyperax.fewshot.datasets import cache as cache_module
 from hyperax.fewshot.datasets import glyphs as glyphs_module
@@ -308,9 +308,8 @@ def _load_in_process(folder, barrier, results):
 
 
 def test_two_processes_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_load_in_process, args=(str(tmp_path), barrier, results)) for _ in range(2)]
+    barrier, results = tiny.COPIES.Barrier(2), tiny.COPIES.Queue()
+    both = [tiny.COPIES.Process(target=_load_in_process, args=(str(tmp_path), barrier, results)) for _ in range(2)]
     for process in both:
         process.start()
     first, second = results.get(timeout=60), results.get(timeout=60)

@@ -1,15 +1,9 @@
-"""More than one device, and more than one process, give what one gives, write one folder, and say what is wrong.
-
-python test_devices.py FILE FUNCTION ARGUMENT     calls a function below in a process of its own; its answer, in JSON,
-goes to FILE.
-"""
+"""More than one device, and more than one process, give what one gives, write one folder, and say what is wrong."""
 
 import json
 import logging
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -36,27 +30,35 @@ CLUSTERS = ("SLURM", "OMPI", "KUBERNETES", "JAX_COORDINATOR")
 # In processes of their own
 
 
-def started(folder, function, argument, flags=""):
-    answer = folder / f"{function}-{len(list(folder.iterdir()))}.json"
+def started(folder, function, argument):
+    answer = folder / f"{function.__name__}-{len(list(folder.iterdir()))}.json"
     answer.touch()
-    environment = {k: x for k, x in tiny.environment(folder).items() if not k.startswith(CLUSTERS)}
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-    command = [sys.executable, __file__, str(answer), function, json.dumps(argument)]
-    with answer.with_suffix(".log").open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    return process, answer
+    return tiny.begin(answer.with_suffix(".log"), folder, answered, answer, function, argument), answer
+
+
+def answered(answer, function, argument):
+    """In the process that was started: write the answer, or return the status."""
+    for name in [name for name in os.environ if name.startswith(CLUSTERS)]:
+        del os.environ[name]
+    said = function(argument)
+    if isinstance(said, int):
+        return said
+    answer.write_text(json.dumps(said))
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    return 0
 
 
 def finished(*all_started, status=0):
     """Their answers; what hangs is killed."""
     try:
         for process, answer in all_started:
-            process.wait(timeout=240)
-            assert process.returncode == status, answer.with_suffix(".log").read_text()
+            process.join(240)
+            assert process.exitcode == status, answer.with_suffix(".log").read_text()
     finally:
         for process, _ in all_started:
             process.kill()
-            process.wait()
+            process.join()
     return [json.loads(answer.read_text() or "null") for _, answer in all_started]
 
 
@@ -98,6 +100,7 @@ def small_problem(mesh, folder):
 
 def one_process(folder):
     """One device and a mesh of eight, in turn."""
+    jax.config.update("jax_num_cpu_devices", 8)
     words = tiny.options(Path(folder) / "images", **FIELDS)
     run = lambda name, *more: ["run", *words, "--out", f"{folder}/{name}", *more]
     statuses = commands([run("one"), run("eight", "--mesh", "8")])
@@ -167,8 +170,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(folder):
     port = free_port()
-    alone = started(folder, "one_process", str(folder), "--xla_force_host_platform_device_count=8")
-    return finished(alone, *(started(folder, "one_of_two", [str(folder), port, process]) for process in (0, 1)))
+    alone = started(folder, one_process, str(folder))
+    return finished(alone, *(started(folder, one_of_two, [str(folder), port, process]) for process in (0, 1)))
 
 
 def read(out):
@@ -229,7 +232,7 @@ def test_a_comparison_over_two_processes_is_one_comparison(answers, folder):
 
 
 def test_processes_that_do_not_meet_end_with_a_sentence(tmp_path):
-    process, answer = started(tmp_path, "not_joined", free_port())
+    process, answer = started(tmp_path, not_joined, free_port())
     finished((process, answer), status=2)
     *_, cluster, which, taken, late = answer.with_suffix(".log").read_text().splitlines()
     assert "says who the coordinator is: give --coordinator HOST:PORT" in cluster
@@ -318,10 +321,3 @@ def test_one_compilation_for_all_dispatches(caplog):
         hx.minimize(mean, 0.5, data=jnp.arange(4.0), optimizer=optax.adam(0.1), steps=6, dispatch=2)
     compiled = [line for line in caplog.messages if line.startswith("Compiling") and "hyperiterations" in line]
     assert len(compiled) == 1, compiled
-
-
-if __name__ == "__main__":
-    answered = globals()[sys.argv[2]](json.loads(sys.argv[3]))
-    if isinstance(answered, int):
-        sys.exit(answered)
-    Path(sys.argv[1]).write_text(json.dumps(answered))

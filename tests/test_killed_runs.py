@@ -3,10 +3,7 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,15 +17,15 @@ pytest.importorskip("matplotlib")
 FEW_SHOT = "hyperax.experiments.few_shot"
 
 
-def start(environment, *words, bomb=("-", 0)):
-    command = [sys.executable, tiny.__file__, bomb[0], str(bomb[1]), *map(str, words)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(folder, *words, bomb=("-", 0)):
+    log = folder / f"{len(list(folder.glob('*.log')))}.log"
+    log.touch()
+    return tiny.begin(log, folder, tiny.main, *bomb, *map(str, words)), log
 
 
-def finish(process, *statuses):
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode in statuses, output
-    return process.returncode
+def finish(process, log, *statuses):
+    process.join(120)
+    assert process.exitcode in statuses, log.read_text()
 
 
 def results(out):
@@ -47,38 +44,31 @@ MOMENTS = {
 }
 
 
-def killed_at_chosen_moments(environment, images, out):
+def killed_at_chosen_moments(folder, images, out):
     for index, bomb in enumerate(MOMENTS.values()):
         words = ("resume", out, "--no-progress") if index else ("run", *tiny.options(images), "--out", out)
-        finish(start(environment, *words, bomb=bomb), -signal.SIGKILL)
-    finish(start(environment, "resume", out, "--no-progress"), 0)
+        finish(*start(folder, *words, bomb=bomb), -signal.SIGKILL)
+    finish(*start(folder, "resume", out, "--no-progress"), 0)
 
 
-def killed_at_a_random_moment(environment, images, out, delay):
+def killed_at_a_random_moment(folder, images, out, delay):
     """Kill from outside, so long after the run began; then let it end."""
-    process = start(environment, "run", *tiny.options(images), "--out", out)
-    while process.poll() is None and not (out / "timings.jsonl").exists():
+    process, log = start(folder, "run", *tiny.options(images), "--out", out)
+    while process.is_alive() and not (out / "timings.jsonl").exists():
         time.sleep(0.01)
     time.sleep(delay)
     process.kill()
-    finish(process, -signal.SIGKILL, 0)
-    finish(start(environment, "resume", out, "--no-progress"), 0)
+    finish(process, log, -signal.SIGKILL, 0)
+    finish(*start(folder, "resume", out, "--no-progress"), 0)
 
 
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path, capsys):
-    images = tiny.write_images(tmp_path / "images")
-    environment, begin = tiny.environment(tmp_path), time.perf_counter()
-    whole = tmp_path / "uninterrupted"
-    finish(start(environment, "run", *tiny.options(images), "--out", whole), 0)
+    images, begin = tiny.write_images(tmp_path / "images"), time.perf_counter()
+    whole, chosen, chance = (tmp_path / name for name in ("uninterrupted", "chosen", "random"))
+    finish(*start(tmp_path, "run", *tiny.options(images), "--out", whole), 0)
     delay = random.uniform(0, (time.perf_counter() - begin) / 3)
-    chosen, chance = tmp_path / "chosen", tmp_path / "random"
-    with ThreadPoolExecutor(2) as pool:
-        both = [
-            pool.submit(killed_at_chosen_moments, environment, images, chosen),
-            pool.submit(killed_at_a_random_moment, environment, images, chance, delay),
-        ]
-        for one in both:
-            one.result()
+    killed_at_chosen_moments(tmp_path, images, chosen)
+    killed_at_a_random_moment(tmp_path, images, chance, delay)
     assert results(chosen) == results(whole)
     assert results(chance) == results(whole), delay
     for out in (chosen, chance):

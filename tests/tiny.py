@@ -1,11 +1,8 @@
-"""Runs small enough for tests: noisy images, a network of one layer, and the command line with a bomb in it.
-
-python tiny.py MODULE:NAME COUNT ARGUMENTS...     is `hyperax ARGUMENTS...` with the small network, killed by SIGKILL
-as NAME of MODULE is called for the COUNT-th time; `python tiny.py - 0 ARGUMENTS...` is not killed.
-"""
+"""Runs small enough for tests: noisy images, a network of one layer, processes, the command line with a bomb in it."""
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -65,11 +62,30 @@ def compiled_once(folder):
         compilation_cache.reset_cache()
 
 
-def environment(folder):
-    """The same for processes, whose data sets are cached there too."""
-    settings = QUICK_COMPILATION | {"jax_compilation_cache_dir": folder / "compiled"}
-    cache = {"HYPERAX_CACHE": str(folder / "cache")}
-    return os.environ | cache | {name.upper(): str(value) for name, value in settings.items()}
+# Most of a short process is imports: each begins as the copy of one that has imported much and computed nothing.
+COPIES = multiprocessing.get_context("forkserver")
+COPIES.set_forkserver_preload(["hyperax.cli", "hyperax.experiments.few_shot", "matplotlib.pyplot", "tyro", "pytest"])
+
+
+def begin(log, folder, function, *arguments):
+    """A process that calls a function: its exit code is the answer, or -9 if it was killed.
+
+    What it says goes to the file `log`; data sets and programs are cached in the folder.
+    """
+    process = COPIES.Process(target=_call, args=(log, folder, function, arguments))
+    process.start()
+    return process
+
+
+def _call(log, folder, function, arguments):
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["HYPERAX_CACHE"] = str(folder / "cache")
+    for name, value in QUICK_COMPILATION.items():
+        jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    sys.exit(function(*arguments))
 
 
 def write_images(folder, classes=(4, 3, 3), images=6, side=SIDE, seed=0):
@@ -144,6 +160,10 @@ def put_bomb(target, count):
 
 
 def main(target, count, *arguments):
+    """`hyperax ARGUMENTS...` with the small network, killed as "module:name" is called for the count-th time.
+
+    With the target "-" it is not killed.
+    """
     from hyperax import cli
     from hyperax.experiments import preparing
 
@@ -158,7 +178,3 @@ def main(target, count, *arguments):
 def middle(x, weight, stride):
     """A convolution by the middle of each filter alone, because most of the time would be compilation."""
     return x[:, ::stride, ::stride] @ weight[1, 1]
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
