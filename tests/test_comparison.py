@@ -259,6 +259,27 @@ def test_every_table_is_complete_on_every_data_set(kind, dataset):
     assert kind.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+@pytest.mark.parametrize("kind", COMPARISONS)
+def test_every_table_is_written_from_its_parts(kind):
+    config, measured = kind(dataset="glyphs", budget=0.5), {}
+    score = {"accuracy": 0.5, "ci95": 0.01}
+    for part in config.parts():
+        setting = next(setting for setting in config.chosen_settings() if part.startswith(f"{setting.name}-"))
+        name = part.removeprefix(f"{setting.name}-")
+        common = {"setting": setting.name, "training": name}
+        tests = [
+            {"what": "test", "entrant": entrant.name, **common, **score, "overlapping": score, "steps": 3}
+            for entrant in config.chosen_entrants()
+            if entrant.training.name == name
+        ]
+        training = {"what": "training", **common, "best": 7, "hyperiterations": 9, "stopped": "completed 9"}
+        records = [training, *({**test, "statistics": "set"} for test in tests)]
+        measured[part] = study.Part(records, {test["entrant"]: np.full(4, 0.5) for test in tests})
+    table = config.summarise(measured)["table"]
+    assert len(table["rows"]) == len(config.chosen_settings()) * len(config.chosen_entrants())
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+
+
 def test_the_papers_numbers_are_in_their_tables():
     number = lambda kind, name, setting: next(
         100 * e.published["miniimagenet", setting].accuracy

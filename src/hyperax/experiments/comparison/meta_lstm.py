@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from hyperax.experiments.comparison.entrants import Entrant, Setting
 from hyperax.experiments.comparison.roster import FIVE_FIVE, FIVE_ONE, trained
-from hyperax.experiments.comparison.study import Comparison
+from hyperax.experiments.comparison.study import Comparison, signed
+from hyperax.fewshot.evaluation import paired_difference
 from hyperax.fewshot.learners.learner import Learner
 from hyperax.fewshot.learners.maml import maml, meta_sgd
 from hyperax.fewshot.learners.meta_lstm import meta_lstm
@@ -53,14 +56,14 @@ class MetaLSTM(Comparison):
     def entrants(self) -> tuple[Entrant, ...]:
         """The given rule, then the learned ones."""
         return (
-            self._row("MAML", maml),
-            self._row("First-order MAML", lambda ways: maml(ways, first_order=True)),
-            self._row("Meta-SGD", meta_sgd),
-            self._row("Meta-LSTM", lambda ways: meta_lstm(ways, step_size=0.1), note="first order, as published."),
-            self._row("Meta-LSTM, exact", lambda ways: meta_lstm(ways, step_size=0.1, first_order=False)),
+            self._learned("MAML", maml),
+            self._learned("First-order MAML", lambda ways: maml(ways, first_order=True)),
+            self._learned("Meta-SGD", meta_sgd),
+            self._learned("Meta-LSTM", lambda ways: meta_lstm(ways, step_size=0.1), note="first order, as published."),
+            self._learned("Meta-LSTM, exact", lambda ways: meta_lstm(ways, step_size=0.1, first_order=False)),
         )
 
-    def _row(self, name: str, learner: Callable[[int], Learner], **options: Any) -> Entrant:
+    def _learned(self, name: str, learner: Callable[[int], Learner], **options: Any) -> Entrant:
         return trained(
             self.dataset,
             name,
@@ -72,6 +75,19 @@ class MetaLSTM(Comparison):
             learning_rate=3e-3,
             **options,
         )
+
+    def headline(self, tests: list[tuple[dict[str, Any], np.ndarray]]) -> dict[str, str]:
+        """What the learned rule adds to the learned start, in the first setting."""
+        setting = self.chosen_settings()[0]
+        of = {record["entrant"]: found for record, found in tests if record["setting"] == setting.name}
+        if not {"MAML", "Meta-SGD", "Meta-LSTM"} <= set(of):
+            return super().headline(tests)
+        minus = lambda name: signed(paired_difference(of[name], of["MAML"]))
+        text = (
+            f"points of accuracy on unseen classes of {self.dataset} is Meta-LSTM minus MAML, {setting.words}, at "
+            f"{100 * self.budget:g} % of the full number of hyperiterations; Meta-SGD minus MAML {minus('Meta-SGD')}."
+        )
+        return {"number": minus("Meta-LSTM"), "text": text}
 
     def notes(self) -> list[str]:
         """What has to be known to read the table."""

@@ -230,7 +230,7 @@ def variant(
 
 def file_name(name: str) -> str:
     """The name of a part: small letters and hyphens."""
-    return "-".join(name.lower().replace("(", "").replace(")", "").replace("=", "").split())
+    return "-".join("".join(letter for letter in name.lower() if letter not in "(),=").split())
 
 
 def classic(
