@@ -225,14 +225,14 @@ def test_every_training_and_its_test_can_be_traced(entrant):
     classes = ImageClasses.from_lists({str(i): np.zeros((20, 16, 16)) for i in range(24)})
     sampler = one.sampler(setting)
     learner = one.learner(getattr(sampler, "ways", classes.num_classes))
-    lam = learner.lam(OmniglotNet(shape, key, filters=2), shape, key)
+    lam = eqx.filter_eval_shape(lambda: learner.lam(OmniglotNet(shape, key, filters=2), shape, key))
     h = one.hypergradient(learner, one.steps)
     f = lambda lam, task: h.value(lam, task, h.init(lam, task))[0]
-    value = eqx.filter_eval_shape(f, lam, sampler.sample(key, classes))
+    value = eqx.filter_eval_shape(f, lam, eqx.filter_eval_shape(sampler.sample, key, classes))
     assert value.shape == ()
     tested = entrant.learner(setting.ways)
-    episode = Episodes(3, 1, 2).sample(key, classes)
-    found = eqx.filter_eval_shape(lambda lam: tested.accuracies(entrant.view(lam), episode, 2), lam)
+    episode = eqx.filter_eval_shape(Episodes(3, 1, 2).sample, key, classes)
+    found = eqx.filter_eval_shape(lambda lam, episode: tested.accuracies(entrant.view(lam), episode, 2), lam, episode)
     assert found.shape == (2,)
 
 
