@@ -71,7 +71,7 @@ def check_step(inner: Inner, lam: Any, steps: int) -> bool:
 def _check_state(state: Any, lam: Any) -> None:
     if not any(is_float(x) for x in jax.tree.leaves(state)):
         raise ValueError("init returns no floating-point tensor, so there are no inner variables: let it return some")
-    device = floats_of(state)[0].device
+    first, device = next((name, x.device) for name, x in names_of("state", state) if is_float(x))
     for name, x in names_of("state", state):
         if not isinstance(x, torch.Tensor):
             raise ValueError(
@@ -80,7 +80,7 @@ def _check_state(state: Any, lam: Any) -> None:
             )
     for name, x in [*names_of("state", state), *names_of("lam", lam)]:
         if x.device != device and x.dim():
-            raise ValueError(f"{name} is on {x.device} and the state on {device}: move one of them, x.to(device)")
+            raise ValueError(f"{name} is on {x.device} and {first} on {device}: move one of them, x.to(device)")
 
 
 def _check_alike(before: Any, after: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -63,8 +65,17 @@ def _pushed(inner: Inner, t: int, state: Any, z: Tangents, lam: Any, directions:
     return _push(lambda state, lam: inner.step(t, state, lam), (state, lam), [*z, *directions])
 
 
+@cache
+def _load_rules() -> None:
+    """Have PyTorch load its forward rules now: on the way it warns of what it does not do any more by itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
 def _push(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
     """(function(*arguments), its derivative along each direction)."""
+    _load_rules()
     if len(tangents[0]) == 1:
         return _push_one(function, arguments, tangents)
     arguments = constant(arguments)

@@ -169,7 +169,8 @@ class TorchHypergradient:
         leaves = jax.tree.leaves((lam, data))
         key = (jax.tree.structure((lam, data)), tuple(described(x) for x in leaves))
         if key not in self._known:
-            with engine():
+            # Values are looked at also while a program around this is being traced.
+            with engine(), jax.ensure_compile_time_eval():
                 self._known[key] = self._looked(lam, data)
         return self._known[key]
 
