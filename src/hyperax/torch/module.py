@@ -79,7 +79,7 @@ def from_module(
             sqrt(v + eps^2) here, which has a derivative at v = 0.
         tune: what is in lam, with initial values:
             settings of the optimizer: a number; [K] numbers, the knots of a schedule over `steps`, linear between them;
-                or {layer, or pattern of parameter names: either} (`per_layer` makes one), the first match counts;
+                or {layer, or pattern of parameter names: either} (`per_layer` makes one), the most specific counts;
             `loss_weights`: {term: weight} of a loss that returns terms (others have weight one);
             `example_weights`: [n] weights of the training examples, for a loss that returns [B];
             `init`: patterns of parameters whose initial values are in lam, `"*"` for all;

@@ -28,6 +28,15 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or name.rpartition(".")[0] == pattern
 
 
+def chosen(patterns: Iterable[str], name: str) -> str | None:
+    """The most specific of the patterns that match: the parameter's name, its layer's, then the longest pattern.
+
+    Not the first one, for JAX sorts the keys of a dict.
+    """
+    rank = lambda p: (p == name, p == name.rpartition(".")[0], len(p.replace("*", "")), p)
+    return max((p for p in patterns if _matches(p, name)), key=rank, default=None)
+
+
 class Setting:
     """How one setting is read from its value at step t, for each parameter.
 
@@ -45,12 +54,10 @@ class Setting:
         if isinstance(value, dict):
             parameters = list(parameters)
             matching(value, parameters, f"the {name}")
-            self.keys = {p: next((key for key in value if _matches(key, p)), None) for p in parameters}
+            self.keys = {p: chosen(value, p) for p in parameters}
             lost = [p for p, key in self.keys.items() if key is None]
             if lost and missing is None:
-                raise ValueError(
-                    f'no pattern of the {name} matches {", ".join(lost)}; add one, "*" last for all others'
-                )
+                raise ValueError(f'no pattern of the {name} matches {", ".join(lost)}; add one, "*" for all others')
         for key, one in value.items() if isinstance(value, dict) else [("", value)]:
             shape = tuple(getattr(one, "shape", ()))
             if len(shape) > 1 or shape == (0,):

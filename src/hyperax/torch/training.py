@@ -178,19 +178,19 @@ def total(found: Any, loss_weights: dict[str, torch.Tensor], weights: torch.Tens
             f"loss_weights has {', '.join(unknown)}, and the loss returned {', '.join(terms) or 'a number'}: let it "
             "return a dict of terms with these names"
         )
-    means = []
-    for name, term in terms.items():
+    for term in terms.values():
         if not isinstance(term, torch.Tensor) or term.dim() > 1:
             raise ValueError(f"the loss returned {getattr(term, 'shape', type(term))}; return a scalar, or one [B]")
-        if weights is not None:
-            if term.shape != weights.shape:
-                raise ValueError(
-                    f"example_weights need the losses of single examples, of shape {list(weights.shape)}, and the loss "
-                    f'returned {list(term.shape)}: use reduction="none"'
-                )
-            term = weights.to(term) * term
-        mean = term.mean() if term.dim() else term
-        means.append(loss_weights[name].to(mean) * mean if name in loss_weights else mean)
+    if weights is not None and not any(term.shape == weights.shape for term in terms.values()):
+        raise ValueError(
+            f"example_weights need the losses of single examples, of shape {list(weights.shape)}, and the loss "
+            f'returned {[list(term.shape) for term in terms.values()]}: use reduction="none"'
+        )
+    means = []
+    for name, term in terms.items():
+        if term.dim():
+            term = (term if weights is None else weights.to(term) * term).mean()
+        means.append(loss_weights[name].to(term) * term if name in loss_weights else term)
     return sum(means[1:], means[0])
 
 
