@@ -90,7 +90,7 @@ def forward(w, statistics, x, train):
     return h.mean(1) @ w["head.weight"].T + w["head.bias"], statistics
 
 
-def reference(optimizer, lam, batches):
+def reference(optimizer, lam, batches, first_order=False):
     """(f_T, its gradient) by autograd through the whole loop; the optimizers from their papers."""
     at = jax.tree.map(lambda x: x.clone().requires_grad_(), lam)
     w = {name: p.detach() for name, p in made().named_parameters()}
@@ -102,6 +102,7 @@ def reference(optimizer, lam, batches):
         w = {name: p if p.requires_grad else p.requires_grad_() for name, p in w.items()}
         logits, statistics = forward(w, statistics, x, True)
         slopes = torch.autograd.grad(functional.cross_entropy(logits, y), list(w.values()), create_graph=True)
+        slopes = [g.detach() for g in slopes] if first_order else slopes
         share = (t - 1) / (T - 1)
         eta = (1 - share) * at["step_size"][0] + share * at["step_size"][1]
         new = {}
@@ -164,11 +165,11 @@ def test_one_direction_at_a_time_on_the_network():
     )
 
 
-def test_first_order_keeps_the_way_through_step_sizes():
-    run = training("sgd", tune={"step_size": 0.3})
-    f = ht.hypergradient(run.problem, hx.FirstOrder(1))
-    exact = ht.hypergradient(run.problem, hx.Reverse(1))
-    close(f(run.lam), float(exact(run.lam).value), jax.tree.leaves(exact(run.lam).grad))
+def test_first_order_keeps_step_sizes_and_running_statistics():
+    run = training("momentum")
+    lam = to_torch(run.lam)
+    expected = reference("momentum", lam, run.problem.batch, first_order=True)
+    close(ht.hypergradient(run.problem, hx.FirstOrder(T))(lam), *expected)
 
 
 @pytest.mark.parametrize("optimizer", list(TUNE))
@@ -194,7 +195,7 @@ def test_plain_training_is_that_of_torch_optim(optimizer):
     for name, x in [*module.named_parameters(), *module.named_buffers()]:
         found = dict([*trained.named_parameters(), *trained.named_buffers()])[name]
         assert found.dtype == x.dtype
-        np.testing.assert_allclose(found.detach(), x.detach(), rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found.detach(), x.detach(), rtol=0, atol=5e-4, err_msg=name)  # a step is 0.03
     module.eval()
     h = ht.hypergradient(run.problem, hx.Reverse(T))(lam)
     assert abs(cross_entropy(module, VALID) - h.value) < 1e-5

@@ -162,8 +162,9 @@ def check_reached(inner: Inner, lam: Any, method: Method, gradient: Any, shorten
         return
     names = [name for name, _ in names_of("lam", lam)]
     unused = _missing(names, gradient(short))
-    if unused and getattr(method, "steps", 0) and method.steps > FEW:  # pyright: ignore[reportAttributeAccessIssue]
-        unused = _missing(names, gradient(shortened(method, method.steps)))  # pyright: ignore[reportAttributeAccessIssue]
+    whole = shortened(method, 10**9)
+    if unused and whole != short:
+        unused = _missing(names, gradient(whole))
     if not unused:
         return
     if isinstance(method, Implicit):

@@ -50,7 +50,7 @@ def to_jax(tree: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
         x = x.detach().to(torch_dtype(jax.dtypes.canonicalize_dtype(_NUMPY[x.dtype]))).contiguous()
-        return jnp.from_dlpack(x) if x.dim() else jnp.asarray(x.cpu().numpy())
+        return jnp.from_dlpack(x)
 
     return jax.tree.map(convert, tree)
 
@@ -59,7 +59,10 @@ def to_numpy(tree: Any, like: Any) -> Any:
     """Tensors as NumPy arrays with the shapes and types of `like`, for what compiled code waits for."""
 
     def convert(path: Any, x: Any, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        x = x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+        if isinstance(x, torch.Tensor):
+            # NumPy has no bfloat16 of its own; float32 holds all of it.
+            x = x.detach().cpu().to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype).numpy()
+        x = np.asarray(x)
         if x.shape != like.shape:
             raise ValueError(
                 f"{leaf_name('', path)} has shape {list(x.shape)} now and had {list(like.shape)} when it was compiled"

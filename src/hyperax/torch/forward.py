@@ -121,7 +121,9 @@ def _paired(alpha: Gradients, parts: Sequence[Tangents], lam: Any) -> Gradients:
     """Z^T alpha, cut into the leaves of lam."""
     slopes = []
     for z in parts:
-        products = [x.flatten(1) @ a.flatten().to(x.dtype) for x, a in zip(z, alpha, strict=True) if a is not None]
+        products = [
+            x.reshape(len(x), -1) @ a.flatten().to(x.dtype) for x, a in zip(z, alpha, strict=True) if a is not None
+        ]
         slopes.append(sum(products) if products else z[0].new_zeros(len(z[0])))
     flat, leaves = torch.cat(slopes), floats_of(lam)
     return [

@@ -28,6 +28,7 @@ class Known(NamedTuple):
     Fields:
         quiet: whether a step works without a graph.
         state, carry, value, metrics: shapes and types in JAX.
+        types: those of the carry in PyTorch.
     """
 
     quiet: bool
@@ -35,6 +36,7 @@ class Known(NamedTuple):
     carry: Any
     value: Any
     metrics: Any
+    types: Any
 
 
 class TorchHypergradient:
@@ -57,8 +59,9 @@ class TorchHypergradient:
             return self._called_back(lam, data, carry)
         if is_torch(lam):
             return self._evaluated(variables_of(lam), data, carry)
-        lam = to_torch(jax_variables_of(lam), self.problem.device)
-        return to_jax(self._evaluated(lam, to_torch(data, self.problem.device), to_torch(carry, self.problem.device)))
+        lam, data = self._given(jax_variables_of(lam), data)
+        known = self._look(lam, data)
+        return to_jax(self._evaluated(lam, data, None if carry is None else self._carried(carry, known)))
 
     def init(self, lam: Any, data: Any = None) -> Any:
         """The first carry: `()` for methods that remember nothing."""
@@ -108,6 +111,10 @@ class TorchHypergradient:
 
     def _given(self, *trees: Any) -> tuple[Any, ...]:
         return tuple(to_torch(tree, self.problem.device) for tree in trees)
+
+    def _carried(self, carry: Any, known: Known) -> Any:
+        """A carry from JAX, in the types it had here."""
+        return jax.tree.map(lambda x, dtype: x.to(dtype), to_torch(carry, self.problem.device), known.types)
 
     def _first_carry(self, lam: Any, data: Any) -> Any:
         with engine():
@@ -185,7 +192,14 @@ class TorchHypergradient:
         value, metrics, _, _ = self._outer(inner, state, lam)
         gradient = lambda method: self._whole(method, inner, lam, first_carry(method, inner, lam))[1]
         check_reached(inner, lam, self.method, gradient, shortened)
-        return Known(quiet, shapes_of(state), shapes_of(carry), shapes_of(value), shapes_of(metrics))
+        return Known(
+            quiet,
+            shapes_of(state),
+            shapes_of(carry),
+            shapes_of(value),
+            shapes_of(metrics),
+            jax.tree.map(lambda x: x.dtype, carry),
+        )
 
     def _examples(self, lam: Any, data: Any) -> tuple[Any, Any]:
         """Values to look at a problem with, while those of lam are not known: `Problem.example`, or ones."""
@@ -196,8 +210,8 @@ class TorchHypergradient:
             floating = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
             return (np.ones if floating else np.zeros)(x.shape, x.dtype)
 
-        example = self.problem.example
-        if example is None:
+        example, shapes = self.problem.example, lambda tree: jax.tree.map(lambda x: tuple(np.shape(x)), tree)
+        if example is None or shapes(example) != shapes(lam):
             example = jax.tree.map(ones, lam)
         lam = to_torch(example, self.problem.device)
         return variables_of(lam), to_torch(jax.tree.map(ones, data), self.problem.device)
@@ -205,6 +219,7 @@ class TorchHypergradient:
     def _called_back(self, lam: Any, data: Any, carry: Any) -> Hypergradient:
         """The hypergradient inside a JAX program: the inner run is a call back to Python."""
         known = self._look(*self._examples(lam, data))
+        _check_precision(known)
         carry = self.init(lam, data) if carry is None else carry
         gradient = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lam)
         if isinstance(self.problem.outer, JaxObjective):
@@ -213,7 +228,8 @@ class TorchHypergradient:
         arrays, others = eqx.partition(data, eqx.is_array)  # what is no array of JAX cannot be an argument
 
         def host(lam: Any, arrays: Any, carry: Any) -> Any:
-            h = self._evaluated(*self._given(lam, eqx.combine(arrays, others), carry))
+            lam, data = self._given(lam, eqx.combine(arrays, others))
+            h = self._evaluated(lam, data, self._carried(carry, known))
             return to_numpy((h.value, h.grad, h.info["metrics"], h.carry), shapes)
 
         value, grad, metrics, carry = jax.pure_callback(host, shapes, lam, arrays, carry)
@@ -228,10 +244,10 @@ class TorchHypergradient:
         arrays, others = eqx.partition(data, eqx.is_array)
 
         def down(lam: Any, arrays: Any, carry: Any) -> Any:
-            lam, data, carry = self._given(lam, eqx.combine(arrays, others), carry)
-            inner = self._inner(lam, data, self._look(lam, data).quiet)
+            lam, data = self._given(lam, eqx.combine(arrays, others))
+            inner = self._inner(lam, data, known.quiet)
             with engine():
-                solved = solve(self.method, inner, lam, carry)
+                solved = solve(self.method, inner, lam, self._carried(carry, known))
             self._waiting.clear()  # what an earlier program left behind by failing in between
             ticket = next(self._tickets) % 2**31
             self._waiting[ticket] = (lam, solved)
@@ -251,6 +267,16 @@ class TorchHypergradient:
         grad, carry = jax.pure_callback(up, (shapes, known.carry), ticket, of_state)
         grad = jax.tree.map(jax.numpy.add, grad, jax.tree.unflatten(jax.tree.structure(lam), of_lam))
         return Hypergradient(value, grad, None, {"metrics": metrics}, carry)
+
+
+def _check_precision(known: Known) -> None:
+    """A carry in float64 would lose half of its digits each time."""
+    for dtype, shape in zip(jax.tree.leaves(known.types), jax.tree.leaves(known.carry), strict=True):
+        if dtype == torch.float64 and shape.dtype != np.float64:
+            raise ValueError(
+                "the method carries a state in float64 from one hyperiteration to the next, and JAX is in float32: "
+                'jax.config.update("jax_enable_x64", True), or a state and data in float32 (module.float())'
+            )
 
 
 def hypergradient(problem: Problem, method: Method) -> TorchHypergradient:

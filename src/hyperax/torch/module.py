@@ -72,8 +72,9 @@ def from_module(
 
     Arguments:
         module: any; it is copied, and stays as it is. Parameters with `requires_grad=False` are constants.
-        loss: L, (model, batch) -> scalar, or (model, batch, lam); `model` is called as the module is. It may also
-            return the losses of single examples [B], of which the mean is taken, or a dict of terms, which are summed.
+        loss: L, (model, batch) -> scalar, or (model, batch, lam); `model` is called as the module is, and
+            `model.tensors` has its parameters and buffers of now, by name. It may also return the
+            losses of single examples [B], of which the mean is taken, or a dict of terms, which are summed.
         optimizer: "sgd", "momentum", "adam", "adamw" or "rmsprop", with the settings and defaults of `torch.optim`
             under the names `step_size`, `momentum`, `beta1`, `beta2`, `alpha`, `eps`, `weight_decay`. sqrt(v) + eps is
             sqrt(v + eps^2) here, which has a derivative at v = 0.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hyperax.methods import FirstOrder, Method, Reverse, Truncated
+from hyperax.methods import FirstOrder, Method, RealTime, Reverse, Truncated
 from hyperax.methods.schedule import Schedule, StepSize, cheapest, parse_bytes
 from hyperax.torch.problem import Inner, floats_of, mode
 from hyperax.torch.runs import Gradients, Pulled, Solved, added, begin, live, plain, unrolled, variable
@@ -104,13 +104,16 @@ def measured(inner: Inner, state: Any, lam: Any) -> StepSize:
 
 
 def shortened(method: Method, steps: int) -> Method | None:
-    """The method with the same paths from lam to f_T, by few steps; `None` for one that sees no paths."""
+    """A method in reverse with the same paths from lam to f_T, by so many steps or as many as there are.
+
+    `None` for a method that sees no paths.
+    """
     return _shortened(method, steps)
 
 
 @singledispatch
 def _shortened(method: Any, steps: int) -> Method | None:
-    return Reverse(min(method.steps, steps))
+    return Reverse(min(method.steps, steps), segment="sqrt")
 
 
 @_shortened.register
@@ -122,3 +125,10 @@ def _(method: FirstOrder, steps: int) -> Method:
 def _(method: Truncated, steps: int) -> Method:
     window = min(method.window, steps)
     return Truncated(window + (method.steps > method.window), window)
+
+
+@_shortened.register
+def _(method: RealTime, steps: int) -> Method:
+    count = min(method.every if method.steps is None else method.steps, steps)
+    cut = method.window is not None and method.window < method.every  # then Phi_0 counts as constant
+    return Truncated(count + 1, count) if cut else Reverse(count, segment="sqrt")

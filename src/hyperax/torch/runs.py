@@ -126,6 +126,7 @@ def unrolled(
             _, way = unrolled(inner, start, lam, stretch, segments[1:], kind)
             alpha, found = way(alpha)
             total = added(total, found)
+            del way
         return alpha, total
 
     return state, pull
