@@ -430,6 +430,12 @@ def test_certify():
     assert "lam['decay']" in bad.verdict
     without_start = ht.Problem(momentum, outer, lambda lam, data: init({"start": 0.3}, data))
     lam = {name: x for name, x in lam_of().items() if name != "start"}
+    kink = lambda w, lam, d: (w - 0.25).abs() + 0 * lam
+    rough = ht.Problem(
+        lambda t, w, lam, d: w - 0.5 * ht.inner_gradient(torch.square, w) * lam, kink, lambda lam, d: lam / lam
+    )
+    seen = ht.certify(ht.hypergradient(rough, hx.Reverse(1)), torch.tensor(0.75, dtype=F64))
+    assert "kinks" in seen.verdict
     near = ht.certify(ht.hypergradient(without_start, hx.Truncated(T, 4)), lam, directions=1)
     assert "by design" in near.verdict
     far = ht.certify(ht.hypergradient(DESCENT, hx.Implicit(2)), {"decay": torch.tensor(-1.0, dtype=F64)})

@@ -186,8 +186,13 @@ def _judged(
         typical, root(c.finite_difference for c in comparisons), 1e-300
     )
     if any(c.kinked(typical) for c in comparisons):
-        return "Not a gradient: f_T has a kink or a jump at this lam, up to rounding.", (
-            "f_T is not smooth here (rounding, argmax, a random number that depends on lam): look at the step and E.",
+        if any(c.contradicted(1e-3, typical) for c in comparisons):
+            return "Not a gradient: f_T has a kink or a jump at this lam, up to rounding.", (
+                "f_T is not smooth here (rounding, argmax, random numbers that depend on lam): look at the step and E.",
+            )
+        return "The derivative of f_T as forward mode has it; finite differences see kinks or rounding.", (
+            "Within epsilon of lam f_T has kinks (relu, max-pooling) or rounding of its own size: to see more use "
+            "float64 (module.double()), or another epsilon.",
         )
     wrong = [c.along for c in leaves if c.off(tolerance, 1e-3 * typical)]
     off = bool(wrong) or any(c.off(tolerance, typical) for c in comparisons)
