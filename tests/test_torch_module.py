@@ -478,6 +478,9 @@ def test_mini_batches_are_a_function_of_the_step():
     assert sorted(x for t in (1, 2, 3) for x in uneven(None, t).tolist()) == list(range(7))
     index, batch = ht.Batches(torch.arange(7) * 2, 3, with_index=True)(None, 1)
     assert torch.equal(batch, 2 * index)
+    within = ht.Batches(torch.arange(7.0), 3)
+    torch.func.grad(lambda x: x * within(None, 1).sum())(torch.tensor(1.0))
+    assert torch.equal(within(None, 2), ht.Batches(torch.arange(7.0), 3)(None, 2)), "an epoch may begin in torch.func"
 
 
 def test_data_sets_and_loaders():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
@@ -84,7 +85,7 @@ class Batches:
                 )
         drop = True if drop_last is None else drop_last
         self.in_epoch = 1 if size is None else self.count // size if drop else -(-self.count // size)
-        self._epoch: tuple[Any, torch.Tensor] | None = None
+        self._epoch: tuple[Any, np.ndarray] | None = None
 
     def __call__(self, run: Any, t: int) -> Any:
         """B_t."""
@@ -101,10 +102,10 @@ class Batches:
         assert self.size is not None
         key = (0 if run is None else int(run), (t - 1) // self.in_epoch)
         if self._epoch is None or self._epoch[0] != key:
-            generator = torch.Generator().manual_seed(mixed(self.seed, *key))
-            self._epoch = key, torch.randperm(self.count, generator=generator)
+            # Kept as an array: a tensor made inside a transformation of torch.func must not be used after it.
+            self._epoch = key, np.random.default_rng(mixed(self.seed, *key)).permutation(self.count)
         first = (t - 1) % self.in_epoch * self.size
-        return self._epoch[1][first : first + self.size]
+        return torch.tensor(self._epoch[1][first : first + self.size])
 
     def _gathered(self, index: torch.Tensor) -> Any:
         if self.of_tensors:
