@@ -1,1 +1,1 @@
-"""Hypergradients of training steps in PyTorch beside other ways to them: time of a hyperiteration, memory of a long run."""
+"""Hypergradients of training steps in PyTorch beside other ways to them: time, and memory of a long run."""

@@ -44,7 +44,7 @@ class Setting(NamedTuple):
         return [list(dict.fromkeys(layers)).index(layer) for layer in layers]
 
     def lam(self) -> Tensor:
-        """log of the weight decay of each layer."""
+        """Logarithm of the weight decay of each layer."""
         return torch.full((max(self.groups) + 1,), -5.0)
 
     def start(self) -> Parameters:
@@ -103,8 +103,11 @@ SETTINGS: dict[str, Callable[[], Setting]] = {
     "dense": lambda: dense("dense", 16, 16),
     "convolutional, 8 x 8": lambda: convolutional("convolutional, 8 x 8", 4, 8, 16),
     "convolutional, 28 x 28": lambda: convolutional("convolutional, 28 x 28", 8, 28, 32),
-    "convolutional, 28 x 28, wide": lambda: convolutional("convolutional, 28 x 28, wide", 16, 28, 64),
+    "convolutional, 28 x 28, wide": lambda: convolutional("convolutional, 28 x 28, wide", 16, 28, 96),
 }
 """From steps that are the overhead of PyTorch's operations to steps that are arithmetic."""
-LONG = "convolutional, 28 x 28"
-"""The setting of the long runs."""
+
+
+def of_long_runs() -> Setting:
+    """The network of `torch-mnist` without its normalisation, on mini-batches of 96."""
+    return convolutional("long", 8, 28, 96)

@@ -6,6 +6,7 @@ SGD with momentum, all T steps kept; the update is that of each library, the los
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def training_of(setting: Setting) -> ht.Training:
     names = [name for name, _ in setting.module.named_parameters()]
     cost = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    def loss(model: ht.from_module, batch: tuple[Tensor, Tensor], lam: dict[str, Tensor]) -> Tensor:  # pyright: ignore
+    def loss(model: Any, batch: tuple[Tensor, Tensor], lam: dict[str, Tensor]) -> Tensor:
         return setting.penalised(cost(model, batch), (model.tensors[name] for name in names), lam["log_decay"])
 
     return ht.from_module(

@@ -130,11 +130,12 @@ class TorchMnist(Study):
             ]
             for name, runs in tested.items()
         ]
+        before = plus_minus(tested[START]["accuracy"], 2, scale=100)
         summary = {
             "headline": {
                 "number": plus_minus(tested[TUNED]["accuracy"], 2, scale=100),
                 "text": f"is the test accuracy in % after {self.steps} steps on {self.train_size} digits with the "
-                f"tuned schedule and weight decays; with those of the start {plus_minus(tested[START]['accuracy'], 2, 100)}.",
+                f"tuned schedule and weight decays; with those of the start {before}.",
             },
             "table": {
                 "columns": ["setting", "validation loss", "test loss", "test accuracy (%)", "search (s)"],
