@@ -144,6 +144,9 @@ def test_certify():
     )
     seen = ht.certify(ht.hypergradient(rough, hx.Reverse(1)), torch.tensor(0.75, dtype=F64))
     assert "kinks" in seen.verdict
+    waves = ht.Problem(lambda t, w, lam, d: w * lam, lambda w, lam, d: (1e6 * w).sin(), lambda lam, d: lam / lam)
+    bent = ht.certify(ht.hypergradient(waves, hx.Reverse(1)), torch.tensor(0.75, dtype=F64))
+    assert bent.verdict == "The gradient of f_T to 3 digits.", "a smaller epsilon than the default, where it is needed"
     near = ht.certify(ht.hypergradient(without_start, hx.Truncated(T, 4)), lam, directions=1)
     assert "by design" in near.verdict
     far = ht.certify(ht.hypergradient(DESCENT, hx.Implicit(2)), {"decay": torch.tensor(-1.0, dtype=F64)})
