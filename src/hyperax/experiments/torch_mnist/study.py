@@ -53,12 +53,12 @@ class TorchMnist(Study):
     """The grid of the constant and the cosine step size; its momentum is that of the start."""
     repeats: int = 3
     """Runs of each point of the grid, and for the validation loss that is shown of each setting."""
-    hyperiterations: int = 60
+    hyperiterations: int = 80
     learning_rate: float = 0.15
     """Of Adam on the hyperparameters, at first; it goes to zero as half a cosine."""
     memory: str = "1GB"
     """What the way back through the T steps may keep."""
-    test_runs: int = 10
+    test_runs: int = 20
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
