@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+# Extras that `make test` installs besides, such as EXTRAS=torch: tests of what is not there are skipped.
+EXTRAS ?=
 # Real images for the tests that need them, where they lie beside the checkout.
 HYPERAX_DATA ?= $(wildcard $(CURDIR)/../shared/data)
 ifneq ($(HYPERAX_DATA),)
@@ -14,7 +16,7 @@ endif
 demo: $(VENV)/run
 	$(BIN)/hyperax run glyphs-5way-1shot
 
-test: $(VENV)/test
+test: $(VENV)/test $(EXTRAS:%=$(VENV)/%)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/lint
@@ -35,13 +37,14 @@ bench-peers: $(VENV)/run $(PEERS)/installed
 	$(BIN)/python -m benchmarks.peers.run
 	$(BIN)/python -m benchmarks.few_shot.run
 	$(BIN)/python -m benchmarks.data_cleaning
+	$(BIN)/python -m benchmarks.torch
 	$(BIN)/python -m benchmarks.figures
 
 clean:
 	rm -rf $(VENV) $(PEERS)
 
 # One stamp for each extra; pip installs what the extra needs at the versions of the lock.
-$(VENV)/run $(VENV)/test $(VENV)/lint: $(VENV)/%: pyproject.toml requirements.lock | $(VENV)/created
+$(VENV)/run $(VENV)/test $(VENV)/lint $(VENV)/torch: $(VENV)/%: pyproject.toml requirements.lock | $(VENV)/created
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[$*]'
 	touch $@
 

@@ -50,6 +50,7 @@ def test_a_changed_number_is_noticed():
         "docs/methods.md",
         "docs/hyperparameters.md",
         "docs/patterns.md",
+        "docs/pytorch.md",
     ],
 )
 def test_public_names_exist(name):
@@ -72,6 +73,7 @@ def test_public_names_exist(name):
                 "learners",
                 "methods",
                 "patterns",
+                "pytorch",
                 "theory",
             )
         ),

@@ -256,8 +256,10 @@ def _check_arguments(
     hypergradient: Any, lam: Lam, data: Data, directions: int, epsilon: float | None, starts: int
 ) -> None:
     if not isinstance(hypergradient, HypergradientFunction | MeanOverTasks):
+        hint = "; use hyperax.torch.certify" if type(hypergradient).__module__.startswith("hyperax.torch") else ""
         raise ValueError(
-            f"certify needs what hypergradient(...) or mean_over_tasks(...) returns, not {type(hypergradient).__name__}"
+            "certify needs what hypergradient(...) or mean_over_tasks(...) returns, not "
+            f"{type(hypergradient).__name__}{hint}"
         )
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((lam, data))):
         raise ValueError(

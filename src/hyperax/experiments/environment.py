@@ -28,7 +28,7 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers may depend on."""
-    packages = ("hyperax", "jax", "jaxlib", "equinox", "optax", "numpy", "pillow", "matplotlib")
+    packages = ("hyperax", "jax", "jaxlib", "equinox", "optax", "numpy", "pillow", "matplotlib", "torch")
     found = {"python": platform.python_version()}
     for package in packages:
         try:

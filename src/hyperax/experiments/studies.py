@@ -12,6 +12,7 @@ from hyperax.experiments.newsgroups import Newsgroups
 from hyperax.experiments.ridge_table5 import RidgeTable5
 from hyperax.experiments.schedules_mnist import SchedulesMnist
 from hyperax.experiments.study import Study
+from hyperax.experiments.torch_mnist import TorchMnist
 
 STUDIES: tuple[type[Study], ...] = (
     RidgeTable5,
@@ -24,5 +25,6 @@ STUDIES: tuple[type[Study], ...] = (
     LearnedOptimizerMnist,
     LearnedLosses,
     MixedDomains,
+    TorchMnist,
 )
 """Their classes; each, without arguments, is a recipe."""

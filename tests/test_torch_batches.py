@@ -1,0 +1,73 @@
+"""Mini-batches of tensors, data sets and loaders of PyTorch."""
+
+import jax
+import pytest
+
+import hyperax as hx
+from torch_network import ht, nn, torch
+from torch_problems import close
+
+
+def test_mini_batches_are_a_function_of_the_step():
+    batches = ht.Batches({"x": torch.arange(7), "y": torch.arange(7) * 10}, 3, seed=5)
+    seen = [batches(None, t) for t in (1, 2, 3, 4)]
+    assert all(torch.equal(batches(None, t)["x"], seen[t - 1]["x"]) for t in (4, 1, 3, 2))
+    assert all(torch.equal(b["y"], 10 * b["x"]) for b in seen)
+    assert len({*seen[0]["x"].tolist(), *seen[1]["x"].tolist()}) == 6, "an epoch has no repetition"
+    assert torch.equal(batches(0, 1)["x"], seen[0]["x"])
+    assert not all(torch.equal(batches(1, t)["x"], seen[t - 1]["x"]) for t in (1, 2, 3, 4))
+    uneven = ht.Batches(torch.arange(7), 3, drop_last=False)
+    assert sorted(x for t in (1, 2, 3) for x in uneven(None, t).tolist()) == list(range(7))
+    index, batch = ht.Batches(torch.arange(7) * 2, 3, with_index=True)(None, 1)
+    assert torch.equal(batch, 2 * index)
+    within = ht.Batches(torch.arange(7.0), 3)
+    torch.func.grad(lambda x: x * within(None, 1).sum())(torch.tensor(1.0))
+    assert torch.equal(within(None, 2), ht.Batches(torch.arange(7.0), 3)(None, 2)), "an epoch may begin in torch.func"
+
+
+def test_data_sets_and_loaders():
+    pairs = torch.utils.data.TensorDataset(torch.arange(6.0), torch.arange(6))
+    loader = torch.utils.data.DataLoader(pairs, batch_size=4, shuffle=True)
+    batches = ht.Batches(loader)
+    sizes = [len(batches(None, t)[0]) for t in (1, 2, 3)]
+    assert sizes == [4, 2, 4], "drop_last is the loader's"
+    x, y = batches(None, 1)
+    assert torch.equal(x.long(), y)
+    whole = ht.Batches(pairs)(None, 1)
+    assert torch.equal(whole[0], torch.arange(6.0))
+    collated = torch.utils.data.DataLoader(pairs, batch_size=2, drop_last=True, collate_fn=lambda pairs: len(pairs))
+    assert ht.Batches(collated)(None, 1) == 2
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    for data, size, advice in (
+        (Stream(), 2, "no example number i"),
+        (torch.utils.data.DataLoader(pairs, batch_size=None), None, "no batch_size"),
+        ((torch.ones(3), torch.ones(4)), 2, "leading axes of data differ"),
+        (torch.tensor(1.0), None, "data is a number"),
+        (5, None, "no example number i"),
+    ):
+        with pytest.raises(ValueError, match=advice):
+            ht.Batches(data, size)
+
+
+def test_an_augmenting_data_set_is_replayed():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return torch.tensor([float(i)]) + torch.rand(1)
+
+    module = nn.Linear(1, 1)
+    run = ht.from_module(
+        module,
+        lambda model, x: (model(x) - x).pow(2).mean(),
+        tune={"step_size": 0.01},
+        data=torch.utils.data.DataLoader(Noisy(), batch_size=3),
+        validation=torch.ones(2, 1),
+    )
+    h, again = (ht.hypergradient(run.problem, hx.Reverse(4, segment=k))(run.lam) for k in (None, 2))
+    close(again, float(h.value), jax.tree.leaves(h.grad), 1e-6)
