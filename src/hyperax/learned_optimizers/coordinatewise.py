@@ -24,7 +24,7 @@ def lstm_step(cell: eqx.nn.LSTMCell, x: Float[Array, "inputs d"], state: State) 
     Returns: (h', c').
     Cost: 4 units (inputs + units) d multiplications. In a reverse pass the gates are computed again: what is kept of
     a step is x and the state, (inputs + 2 units) d numbers. With coordinates last, all rows that are read are
-    contiguous: beside a mapped cell that keeps its gates a value and gradient took half of the time on a CPU.
+    contiguous.
     Do not use it for a single coordinate, where the cell itself does.
 
     >>> cell, d = eqx.nn.LSTMCell(2, 5, key=jax.random.key(0)), 3
