@@ -31,6 +31,7 @@ PAGES = (
     "docs/learners.md",
     "docs/comparisons.md",
     "docs/patterns.md",
+    "docs/pytorch.md",
 )
 """The pages with blocks between <!-- name --> and <!-- end -->."""
 
