@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # for benchmarks.tables
 from benchmarks.few_shot_tables import hyper_representation_peers, maml_peers  # noqa: E402
 from benchmarks.hyperparameter_tables import data_cleaning_peers, estimators  # noqa: E402
 from benchmarks.tables import costs, methods, peers, peers_steps  # noqa: E402
+from benchmarks.torch_tables import torch_memory, torch_steps  # noqa: E402
 
 from hyperax.experiments import recipe  # noqa: E402
 
@@ -180,6 +181,7 @@ def _spread(score: dict[str, float]) -> str:
 BLOCKS = {block.__name__: block for block in (results, runs, hyperiteration, miniimagenet, effect_of_t)}
 BLOCKS |= {block.__name__: block for block in (studies, comparisons, maml_peers, hyper_representation_peers)}
 BLOCKS |= {block.__name__: block for block in (costs, methods, peers, peers_steps, estimators, data_cleaning_peers)}
+BLOCKS |= {block.__name__: block for block in (torch_steps, torch_memory)}
 BLOCKS |= {
     path.parent.name.replace("-", "_"): partial(study, path.parent, run)
     for path, run in _summaries()
