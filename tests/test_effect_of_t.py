@@ -66,12 +66,6 @@ def settings(source):
     return recipe("effect-of-t", representation=str(source), **FIELDS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
     """A run from the command line: its folder, and its summary as written."""

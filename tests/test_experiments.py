@@ -22,13 +22,6 @@ pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """Runs of one program share its compilation, as if they were one process."""
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return tiny.write_images(tmp_path_factory.mktemp("images"))

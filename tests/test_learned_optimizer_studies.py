@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tiny
 from hyperax.experiments import study
 from hyperax.experiments.learned_optimizer import LearnedOptimizerMnist, LearnedOptimizerQuadratics, measuring
 from hyperax.experiments.learned_optimizer.baselines import baselines, best_step_size, mean_final_losses
@@ -45,12 +44,6 @@ DIGITS = LearnedOptimizerMnist(
     rules=("step-sizes",),
     block=1,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    with tiny.compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 # What is computed

@@ -79,7 +79,7 @@ def noisy_world():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    with noisy_world() as patch, tiny.compiled_once(folder.parent / "compiled"):
+    with noisy_world() as patch:
         patch.setattr(training, "minimize", shrink)
         patch.setattr(training, "accuracies_by_steps", noise_and_lam)
         config = MixedDomains(**FIELDS)

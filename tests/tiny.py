@@ -1,6 +1,5 @@
 """Runs small enough for tests: noisy images, a network of one layer, processes, the command line with a bomb in it."""
 
-import contextlib
 import importlib
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from hyperax.experiments import recipe
 from hyperax.experiments.run_folder import RunFolder
@@ -38,30 +36,6 @@ FIELDS = {
 }
 
 
-# Most of a tiny run is compilation: do it quickly and once.
-QUICK_COMPILATION = {
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
-@contextlib.contextmanager
-def compiled_once(folder):
-    """Programs compiled in here are kept in a folder."""
-    settings = QUICK_COMPILATION | {"jax_compilation_cache_dir": str(folder)}
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 # Most of a short process is imports: each begins as the copy of one that has imported much and computed nothing.
 COPIES = multiprocessing.get_context("forkserver")
 COPIES.set_forkserver_preload(["hyperax.cli", "hyperax.experiments.few_shot", "matplotlib.pyplot", "tyro", "pytest"])
@@ -82,9 +56,9 @@ def _call(log, folder, function, arguments):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["HYPERAX_CACHE"] = str(folder / "cache")
-    for name, value in QUICK_COMPILATION.items():
-        jax.config.update(name, value)
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))  # its own: a kill may damage it
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     sys.exit(function(*arguments))
 
 
