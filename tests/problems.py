@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,9 @@ from hyperax.fewshot.layers import BatchNorm, Convolution, own_moments
 EXAMPLES, INPUTS, STEPS, TASKS = 5, 3, 6, 4
 
 # For `jax.jit(..., compiler_options=OPTIMISED)`: as programs are compiled outside of the tests (see conftest.py).
-OPTIMISED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+OPTIMISED: dict[str, Any] = {"xla_backend_optimization_level": 3}
+if "fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    OPTIMISED["xla_cpu_use_fusion_emitters"] = True
 
 # One entry of lam for each way into f_T: Phi_0, every Phi_t, prepare, and E itself. Polynomials, so that the table
 # compiles fast; what is differentiated is a polynomial of degree 3^T all the same.
