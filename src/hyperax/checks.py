@@ -137,13 +137,29 @@ def reaching(jaxpr: Any, inputs: list[set[int]]) -> list[set[int]]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def body_of(scan: Any) -> Any:
+    """The jaxpr of one step of a scan."""
+    return getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"])
+
+
+def scan_sizes(scan: Any) -> tuple[int, int]:
+    """(constants, carried values) of a scan, the first of its operands in this order.
+
+    They are what a step sees as the scan does, and not a slice of it; JAX's own names for the two change.
+    """
+    body = body_of(scan)
+    whole = lambda outside, inside: sum(a.aval.shape == b.aval.shape for a, b in zip(outside, inside, strict=True))
+    carried = whole(scan.outvars, body.outvars)
+    return whole(scan.invars, body.invars) - carried, carried
+
+
 def _through(equation: Any, arguments: list[set[int]]) -> list[set[int]]:
     name, parameters = equation.primitive.name, equation.params
     if name in ("stop_gradient", "round", "floor", "ceil", "sign"):
         return [set() for _ in equation.outvars]
     if name == "scan":
-        constants, carried = parameters["num_consts"], parameters["num_carry"]
-        body = parameters["jaxpr"].jaxpr
+        body = body_of(equation)
+        constants, carried = scan_sizes(equation)
         if parameters["length"] == 0:  # no step: what is carried comes out as it went in
             return [*arguments[constants : constants + carried], *(set() for _ in equation.outvars[carried:])]
         while True:  # labels only grow, so this ends

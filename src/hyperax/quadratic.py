@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from hyperax.checks import body_of, scan_sizes
 from hyperax.problem import W
 
 # Functions with a derivative of their own (custom_jvp, custom_vjp) are not among them: it need not be the derivative.
@@ -96,9 +97,9 @@ def _degrees_through(equation: Any, arguments: list[Degree]) -> list[Degree]:
     if called is not None:
         return _degrees(called, arguments)
     if name == "scan":
-        return _degrees_through_scan(parameters, arguments)
+        return _degrees_through_scan(equation, arguments)
     if name == "cond" and arguments[0].of == 0:
-        branches = [_degrees(branch.jaxpr, arguments[1:]) for branch in parameters["branches"]]
+        branches = [_degrees(getattr(branch, "jaxpr", branch), arguments[1:]) for branch in parameters["branches"]]
         return [max(degrees, key=lambda degree: degree.of) for degrees in zip(*branches, strict=True)]
     if highest.of == TOO_HIGH:
         return everywhere(highest)
@@ -116,10 +117,11 @@ def _degrees_through(equation: Any, arguments: list[Degree]) -> list[Degree]:
     return everywhere(Degree(of) if of < TOO_HIGH else Degree(TOO_HIGH, name))
 
 
-def _degrees_through_scan(parameters: Any, arguments: list[Degree]) -> list[Degree]:
-    first, end = parameters["num_consts"], parameters["num_consts"] + parameters["num_carry"]
+def _degrees_through_scan(scan: Any, arguments: list[Degree]) -> list[Degree]:
+    first, carried = scan_sizes(scan)
+    end = first + carried
     while True:  # degrees only grow, up to TOO_HIGH, so this ends
-        outputs = _degrees(parameters["jaxpr"].jaxpr, arguments)
+        outputs = _degrees(body_of(scan), arguments)
         grown = [max(a, b, key=lambda degree: degree.of) for a, b in zip(arguments[first:end], outputs, strict=False)]
         if grown == arguments[first:end]:
             return [*grown, *outputs[len(grown) :]]
