@@ -98,8 +98,9 @@ def test_dispatch_changes_nothing(options):
     solutions = [minimize(fake, LAM, dispatch=dispatch, **common) for dispatch in (1, 7, 50)]
     interrupted = minimize(fake, LAM, dispatch=50, callbacks=lambda progress: None, **common)
     for solution in (*solutions[1:], interrupted):
-        same(solution.lam, solutions[0].lam)
-        assert solution.history == solutions[0].history
+        # Up to rounding: a loop may be compiled otherwise than a single step.
+        for a, b in zip(*(jax.tree.leaves((x.lam, x.history)) for x in (solution, solutions[0])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-14)
     assert [record["step"] for record in solution.history] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
 
 
