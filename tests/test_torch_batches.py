@@ -1,6 +1,7 @@
 """Mini-batches of tensors, data sets and loaders of PyTorch."""
 
 import jax
+import numpy as np
 import pytest
 
 import hyperax as hx
@@ -44,13 +45,35 @@ def test_data_sets_and_loaders():
 
     for data, size, advice in (
         (Stream(), 2, "no example number i"),
+        ((x for x in torch.ones(3)), 2, "no example number i"),
         (torch.utils.data.DataLoader(pairs, batch_size=None), None, "no batch_size"),
         ((torch.ones(3), torch.ones(4)), 2, "leading axes of data differ"),
         (torch.tensor(1.0), None, "data is a number"),
         (5, None, "no example number i"),
+        ((torch.ones(3), ["a", "b", "c"]), None, r"data\[1\]\[0\] is a str"),
+        ({"x": [1, 2]}, None, "convert them by torch.tensor"),
     ):
         with pytest.raises(ValueError, match=advice):
             ht.Batches(data, size)
+
+
+def test_numpy_arrays_are_tensors():
+    x, y = np.linspace(0, 1, 6, dtype=np.float32)[:, None], np.arange(6)
+    found, labels = ht.Batches((x, y), 6)(None, 1)
+    assert found.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert torch.equal(found[:, 0], labels.float() / 5)
+    run = lambda *data: ht.from_module(
+        nn.Linear(1, 1, bias=False).requires_grad_().apply(lambda layer: nn.init.ones_(layer.weight)),
+        lambda model, batch: (model(batch["x"])[:, 0] - batch["y"]).pow(2).mean(),
+        tune={"step_size": 0.1},
+        data=dict(zip("xy", data, strict=True)),
+        validation=dict(zip("xy", data, strict=True)),
+        batch_size=3,
+    )
+    a, b = (run(x, y), run(torch.tensor(x), torch.tensor(y)))
+    value = lambda run: float(ht.hypergradient(run.problem, hx.Reverse(3))(run.lam).value)
+    assert value(a) == value(b)
 
 
 def test_an_augmenting_data_set_is_replayed():
@@ -71,3 +94,22 @@ def test_an_augmenting_data_set_is_replayed():
     )
     h, again = (ht.hypergradient(run.problem, hx.Reverse(4, segment=k))(run.lam) for k in (None, 2))
     close(again, float(h.value), jax.tree.leaves(h.grad), 1e-6)
+
+
+def test_a_sampler_that_chooses_is_refused_and_an_order_is_not():
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+
+    examples = TensorDataset(torch.arange(10.0))
+    for loader in (
+        DataLoader(examples, batch_size=2, sampler=SubsetRandomSampler([0, 1, 2, 3])),
+        DataLoader(examples, batch_size=2, sampler=RandomSampler(examples, replacement=True)),
+        DataLoader(examples, batch_sampler=BatchSampler(SubsetRandomSampler([0, 1]), 2, False)),
+    ):
+        with pytest.raises(ValueError, match="Subset"):
+            ht.Batches(loader, 2)
+    assert ht.Batches(DataLoader(examples, batch_size=2, shuffle=True)).in_epoch == 5
+    linear = torch.nn.Linear(1, 1)
+    loss = lambda model, batch: model(batch[0][:, None]).square().mean()
+    more = DataLoader(examples, batch_size=64)
+    training = ht.from_module(linear, loss, tune={"step_size": 0.1}, data=examples, validation=more, batch_size=5)
+    assert training.problem.outer.examples[0].shape == (10,), "validation is one batch, whatever the loader's size"

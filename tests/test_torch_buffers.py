@@ -1,5 +1,7 @@
 """Buffers and random numbers of modules of PyTorch."""
 
+import copy
+
 import jax
 import pytest
 
@@ -28,6 +30,29 @@ def test_changing_buffers_ask_what_to_do():
         ht.from_module(instance, square, tune={"step_size": 0.1}, data=data, validation=data, buffers="state")
     run = ht.from_module(instance, square, tune={"step_size": 0.1}, data=data, validation=data, buffers="frozen")
     assert ht.hypergradient(run.problem, hx.Reverse(2))(run.lam).grad["step_size"] != 0
+
+
+def test_a_layer_in_evaluation_mode_stays_in_it():
+    """Batch normalisation of a module in training mode: by running statistics, without a word about buffers."""
+    module = made()
+    module.norm.running_mean += 0.5
+    module.norm.eval()
+    run = training(module=module, buffers=None)
+    h = ht.hypergradient(run.problem, hx.Reverse(T))(run.lam)
+    frozen = training(module=module.train(), buffers="frozen")
+    again = ht.hypergradient(frozen.problem, hx.Reverse(T))(frozen.lam)
+    close(h, float(again.value), jax.tree.leaves(again.grad))
+    assert not run.trained(run.lam).norm.training
+    with pytest.raises(ValueError, match="changes the buffers"):
+        training(module=module.eval(), buffers=None)
+    mixed = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3), nn.Flatten())
+    mixed = nn.Sequential(mixed, nn.Linear(6, 1))
+    mixed[0][0].eval()
+    data = torch.randn(4, 3, 2)
+    square = lambda model, x: (model(x) ** 2).mean()
+    kept = ht.from_module(mixed, square, tune={"step_size": 0.1}, data=data, validation=data, buffers="state")
+    state = ht.hypergradient(kept.problem, hx.Reverse(2))(kept.lam).state
+    assert {name.rpartition(".")[0] for name in state.auxiliary["buffers"]} == {"0.1"}
 
 
 class Counting(nn.Module):
@@ -85,3 +110,127 @@ def test_dropout_is_the_same_in_every_replay():
     unseeded = training(module=made(dropout=0.5), seed=None)
     with pytest.raises(ValueError, match="Set seed=0"):
         ht.hypergradient(unseeded.problem, hx.Reverse(T))(unseeded.lam)
+
+
+class Late(nn.Module):
+    """A mean that begins at the third call."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("unit", torch.ones(1))
+
+    def forward(self, x):
+        y = self.linear(x)
+        if self.training:
+            self.calls = self.calls + 1
+            if self.calls >= 3:
+                self.mean = 0.5 * self.mean + 0.5 * y.mean(0).detach()
+        return y * self.unit - self.mean
+
+
+def squares(model, batch):
+    return (model(batch) - 1).square().mean()
+
+
+def constant_inputs(**changes):
+    return {"data": torch.ones(6, 3), "validation": torch.ones(4, 3), "tune": {"step_size": 0.1}, "steps": 6} | changes
+
+
+def test_buffers_that_move_later_than_in_the_first_trial():
+    """They are part of the state too: calls agree, also where a first batch leaves statistics as they were."""
+    late = ht.from_module(Late(), squares, buffers="state", **constant_inputs())
+    quiet = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    nn.init.zeros_(quiet[0].weight)
+    nn.init.zeros_(quiet[0].bias)
+    still = ht.from_module(
+        quiet, squares, buffers="state", **constant_inputs(data=torch.eye(3).repeat(2, 1), validation=torch.eye(3))
+    )
+    for run in (late, still):
+        f = ht.hypergradient(run.problem, hx.Reverse(6))
+        first, second = f(run.lam), f(run.lam)
+        assert float(first.value) == float(second.value)
+        assert float(first.grad["step_size"]) == float(second.grad["step_size"])
+    plain = copy.deepcopy(late.module)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(6):
+        sgd.zero_grad()
+        squares(plain, torch.ones(6, 3)).backward()
+        sgd.step()
+    torch.testing.assert_close(late.trained(late.lam).mean, plain.mean)
+
+
+class Around(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Recomputing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        hidden = torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(self.linear(x)), x, use_reentrant=False)
+        return self.head(hidden)
+
+
+class Sudden(Late):
+    """A buffer of a layer of its own, changed in a later call alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Module()
+        self.inside.register_buffer("late", torch.zeros(1))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.calls == 4:
+            self.inside.late = self.inside.late + 1
+        return y
+
+
+def test_modules_that_would_be_computed_wrongly_are_refused():
+    with pytest.raises(ValueError, match="Around keeps running statistics in a way of its own"):
+        ht.from_module(nn.Sequential(nn.Linear(3, 2), Around(2)), squares, buffers="state", **constant_inputs())
+    with pytest.raises(ValueError, match=r"recomputes in its backward pass \(torch.utils.checkpoint\)"):
+        ht.from_module(Recomputing(), squares, **constant_inputs())
+    sudden = ht.from_module(Sudden(), squares, buffers="state", **constant_inputs())
+    with pytest.raises(ValueError, match="changes a buffer that its first trial left alone"):
+        ht.hypergradient(sudden.problem, hx.Reverse(6))(sudden.lam)
+    net = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match="depends on no parameter that is trained"):
+        ht.from_module(net, lambda model, batch: model(batch).detach().mean(), **constant_inputs())
+
+
+def test_a_lam_of_another_structure():
+    run = ht.from_module(nn.Linear(3, 1), squares, "momentum", **constant_inputs())
+    f = ht.hypergradient(run.problem, hx.Reverse(6))
+    with pytest.raises(ValueError, match="leave none out"):
+        f({"step_sizes": torch.tensor(0.1)})
+
+
+def test_what_a_user_changes_afterwards_is_their_own():
+    run = ht.from_module(nn.Linear(3, 1), squares, **constant_inputs(steps=None))
+    f, none = (ht.hypergradient(run.problem, hx.Reverse(steps)) for steps in (6, 0))
+    before = float(f.value(run.lam))
+    with torch.no_grad():
+        run.module.weight.zero_()
+        none.inner(ht.to_torch(run.lam), None).start(ht.to_torch(run.lam)).w["weight"].zero_()
+    assert float(f.value(run.lam)) == before
+
+
+def test_implicit_refuses_what_the_hessian_cannot_see():
+    noisy = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    dropout = ht.from_module(noisy, squares, tune={"step_size": 0.1}, data=torch.eye(3), validation=torch.eye(3))
+    with pytest.raises(ValueError, match="draws random numbers"):
+        ht.hypergradient(dropout.problem, hx.Implicit(5, hx.ConjugateGradient()))(dropout.lam)
+    norm = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    tune = {"weight_decay": 0.1}
+    statistics = ht.from_module(
+        norm, squares, buffers="state", **constant_inputs(data=torch.eye(3), tune=tune, fixed={"step_size": 0.1})
+    )
+    with pytest.raises(ValueError, match="auxiliary variables of the state"):
+        ht.hypergradient(statistics.problem, hx.Implicit(6, hx.ConjugateGradient()))(statistics.lam)

@@ -132,7 +132,8 @@ def test_certify():
     def cut(t, state, lam, data):  # the decay reaches f_T, but not through the steps
         return momentum(t, state, lam | {"decay": lam["decay"].detach()}, data)
 
-    bad = ht.certify(ht.hypergradient(ht.Problem(cut, outer, init), hx.Reverse(T)), in_jax(lam_of()))
+    with pytest.warns(ht.DetachedWarning, match="with respect to lam"):
+        bad = ht.certify(ht.hypergradient(ht.Problem(cut, outer, init), hx.Reverse(T)), in_jax(lam_of()))
     # forward mode is blind to it as well; finite differences are not
     assert bad.verdict.startswith("Wrong")
     assert "lam['decay']" in bad.verdict

@@ -52,6 +52,11 @@ def variables_of(lam: Lam) -> Lam:
         inside = lambda inner, leaf: convert((*path, *inner), leaf, in_module=True)
         return jax.tree_util.tree_map_with_path(inside, node)
 
+    if any(type(leaf).__module__.partition(".")[0] == "torch" for leaf in jax.tree.leaves(lam)):
+        raise ValueError(
+            "lam has tensors or modules of PyTorch, and here it is made of JAX arrays: hyperax.torch.to_jax(lam), of a "
+            "module to_jax(dict(module.named_parameters())); to_torch converts back"
+        )
     variables = jax.tree_util.tree_map_with_path(of_node, lam, is_leaf=_is_module)
     if not any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(variables)):
         raise ValueError("lam has no floating-point leaf, so there is nothing to differentiate or optimise")

@@ -217,7 +217,12 @@ def mean_over_tasks(
     0.0
     """
     if not isinstance(hypergradient, HypergradientFunction):
-        raise ValueError(f"mean_over_tasks needs what hypergradient(...) returns, not {type(hypergradient).__name__}")
+        hint = (
+            ": use hyperax.torch.mean_over_tasks" if type(hypergradient).__module__.startswith("hyperax.torch") else ""
+        )
+        raise ValueError(
+            f"mean_over_tasks needs what hypergradient(...) returns, not {type(hypergradient).__name__}{hint}"
+        )
     if parallel is not None:
         check_steps(parallel, "parallel", 1)
     if mesh is not None and (len(mesh.axis_names) != 1 or TASKS in mesh.axis_names):

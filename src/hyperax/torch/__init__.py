@@ -15,20 +15,31 @@ except ModuleNotFoundError as error:
 
 from hyperax.torch.batches import Batches
 from hyperax.torch.certificate import TorchCertificate, certify
+from hyperax.torch.crossing import to_jax, to_torch
+from hyperax.torch.detached import DetachedWarning
 from hyperax.torch.hypergradient import TorchHypergradient, hypergradient
-from hyperax.torch.module import Training, from_module, per_layer
+from hyperax.torch.model import Model
+from hyperax.torch.module import from_module, per_layer
 from hyperax.torch.problem import JaxObjective, Problem, inner_gradient
+from hyperax.torch.tasks import TorchMeanOverTasks, mean_over_tasks
+from hyperax.torch.trained import Training
 
 __all__ = [
     "Batches",
+    "DetachedWarning",
     "JaxObjective",
+    "Model",
     "Problem",
     "TorchCertificate",
     "TorchHypergradient",
+    "TorchMeanOverTasks",
     "Training",
     "certify",
     "from_module",
     "hypergradient",
     "inner_gradient",
+    "mean_over_tasks",
     "per_layer",
+    "to_jax",
+    "to_torch",
 ]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from hyperax.rollout import check_steps
+from hyperax.torch.crossing import to_torch
 from hyperax.torch.problem import names_of
 from hyperax.torch.seeds import mixed
 
@@ -23,9 +31,10 @@ class Batches:
     n batches make an epoch; every epoch is a new permutation of the examples.
 
     Arguments:
-        data: a pytree of tensors with the examples on the leading axis, such as (inputs, targets); a map-style
-            `Dataset`; or a `DataLoader`, of which data set, batch size, `drop_last` and `collate_fn` are taken. Its
-            shuffling, sampler and workers are not: the order of examples is ours, so that a replay sees the same.
+        data: a pytree of tensors with the examples on the leading axis, such as (inputs, targets), or of NumPy arrays,
+            which become tensors of their type (float64 mostly); a map-style `Dataset`; or a `DataLoader`, of which data
+            set, batch size, `drop_last` and `collate_fn` are taken. Its shuffling and workers are not: the order of
+            examples is ours, so that a replay sees the same.
         size: examples a batch; `None` is a loader's own, or all of the data (then there is no permutation).
         seed: decides all permutations.
         drop_last: whether the last batch of an epoch is left out where it is not full; `None` is a loader's own, or
@@ -35,8 +44,8 @@ class Batches:
 
     `batches(run, t)` is B_t; `run` is a whole number (or `None`, for 0) that draws other permutations, such as the data
     of a hyperiteration. A data set that draws random augmentations from torch is replayed too, with `Problem.seed`.
-    Raises: `ValueError` for data without a length, leading axes that differ, a custom batch sampler, or a batch larger
-    than the data.
+    Raises: `ValueError` for data without a length, leading axes that differ, a sampler that chooses among the examples,
+    or a batch larger than the data.
     Cost: one permutation an epoch, and of tensors one gather a step; they may lie on a GPU.
     Reference: Bridge paper 2017, eq. 2.1 (B_t).
     Do not use it with a data set that reads files slowly: every replay reads again; load it into tensors.
@@ -63,11 +72,14 @@ class Batches:
                     "the loader has no batch_size (it is off, or a batch_sampler has it): pass size=..., and the "
                     "mini-batches are drawn here"
                 )
+            check_sampler(data)
             size = data.batch_size if size is None else size
             drop_last = data.drop_last if drop_last is None else drop_last
             collate = data.collate_fn if collate is None else collate
             data = data.dataset
-        if isinstance(data, IterableDataset) or not (_is_tensors(data) or hasattr(data, "__getitem__")):
+        is_stream = isinstance(data, IterableDataset | Iterator)
+        data = data if is_stream else _with_tensors(data)
+        if is_stream or not (_is_tensors(data) or hasattr(data, "__getitem__")):
             raise ValueError(
                 f"data is {type(data).__name__}, which has no example number i: a step could not see the same batch "
                 "again. Use tensors, a map-style Dataset, or a DataLoader of one"
@@ -111,6 +123,38 @@ class Batches:
         if self.of_tensors:
             return jax.tree.map(lambda x: x[index.to(x.device)], self.data)
         return self.collate([self.data[i] for i in index.tolist()])
+
+
+def _with_tensors(data: Any) -> Any:
+    """Arrays of NumPy and JAX as tensors; data sets as they are."""
+    if _is_tensors(data):
+        return data
+    is_array = lambda x: (
+        isinstance(x, torch.Tensor | jax.Array) or (isinstance(x, np.ndarray) and x.dtype.kind in "biufc")
+    )
+    others = [f"{name} is a {type(x).__name__}" for name, x in names_of("data", data) if not is_array(x)]
+    if not others and jax.tree.leaves(data):
+        return to_torch(data)
+    if isinstance(data, dict) or (isinstance(data, tuple) and any(is_array(x) for x in data)):  # else a data set
+        raise ValueError(
+            f"data has other things than tensors and arrays in it ({others[0] if others else 'nothing'}): convert them "
+            "by torch.tensor, with the examples on the leading axis"
+        )
+    return data
+
+
+def check_sampler(loader: DataLoader) -> None:
+    """`ValueError` for a sampler that chooses among the examples: only the order of examples is ours."""
+    sampler = loader.sampler
+    every = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    )
+    batches = loader.batch_sampler
+    if not every or not (batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)):
+        raise ValueError(
+            "the loader has a sampler of its own, which says what examples there are, and is not followed here: pass "
+            "torch.utils.data.Subset(dataset, indices) in place of the dataset; weights of examples go into the loss"
+        )
 
 
 def _is_tensors(data: Any) -> bool:

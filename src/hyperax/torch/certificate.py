@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ class _Subject:
     def __init__(self, function: TorchHypergradient, lam: Any, data: Any, dtype: torch.dtype):
         self.function, self.lam, self.data = function, lam, data
         self.floats, self.dtype = to_jax(lam), dtype
+        self.no_forward = ""
 
     def precision(self, measure: Any, floats: Any, shared: Any, mapped: Any) -> np.dtype:
         """The coarsest type on the way; read from the tensors, for there is no trace."""
@@ -87,8 +89,11 @@ class _Subject:
             for tree in (point, v)
         )
         if all(torch.equal(x, y) for x, y in zip(floats_of(at), floats_of(self.lam), strict=True)):
-            value, slope = self.function.along(at, direction, self.data)
-            return np.asarray([float(value)]), np.asarray([float(slope)])
+            try:
+                value, slope = self.function.along(at, direction, self.data)
+                return np.asarray([float(value)]), np.asarray([float(slope)])
+            except ValueError as error:  # operations without a forward rule: finite differences have to do
+                self.no_forward = str(error)
         return np.asarray([float(self.function.value(at, self.data))]), np.asarray([math.nan])
 
 
@@ -145,7 +150,9 @@ def certify(
         lam = variables_of(lam) if is_torch(lam) else to_torch(lam, hypergradient.problem.device)
         data = to_torch(data, hypergradient.problem.device)
         start = time.perf_counter()
-        h = hypergradient(lam, data)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* is not finite", RuntimeWarning)  # the verdict says it
+            h = hypergradient(lam, data)
         seconds = time.perf_counter() - start
         types = {x.dtype for x in floats_of((lam, h.state, h.value))}
         dtype = max(types, key=lambda dtype: torch.finfo(dtype).eps)
@@ -164,6 +171,8 @@ def certify(
                 break
     best = min(tried, key=lambda one: one.doubt)
     verdict, advice = _judged(method.differentiates, finite, tried, best)
+    if subject.no_forward:
+        advice = (*advice, f"There is nothing from forward mode to compare with: {subject.no_forward}")
     settings = ", ".join(f"{name}={value}" for name, value in vars(method).items() if value is not None)
     return TorchCertificate(
         f"{type(method).__name__}({settings})",

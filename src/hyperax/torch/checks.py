@@ -10,8 +10,10 @@ import torch
 
 from hyperax.checks import UnusedLeafWarning
 from hyperax.methods import FirstOrder, Implicit, Method, Reverse
+from hyperax.torch.detached import check_derivatives, check_strangers
 from hyperax.torch.problem import Inner, floats_of, is_float, mode, names_of
-from hyperax.torch.runs import Gradients, constant, live, variable
+from hyperax.torch.runs import Gradients, constant, live
+from hyperax.torch.seeds import seeded
 
 FEW = 2
 """Steps that tell, in nearly all problems, which leaves of lam are used."""
@@ -39,25 +41,17 @@ def variables_of(lam: Any) -> Any:
 
 def check_step(inner: Inner, lam: Any, steps: int) -> bool:
     """Raise `ValueError` for a problem that cannot be run and run again; whether a step works without a graph."""
-    at = variable(lam)
+    at = jax.tree.map(lambda x: x.detach().clone().requires_grad_(), lam)  # what a bad step changes is this copy
     with _advice("init"):
         start = inner.start(at)
+    _check_state(start, at)
     state = live(start)
-    _check_state(state, at)
     if not steps:
         return False
-    before, versions = constant(state), _versions(state, at)
+    before = constant(state)
     with mode("graph"), _advice("step"):
         after = inner.step(1, state, at)
     _check_alike(before, after)
-    for (name, _), old, new in zip(
-        [*names_of("state", state), *names_of("lam", at)], versions, _versions(state, at), strict=True
-    ):
-        if old != new:
-            raise ValueError(
-                f"a step changes {name} in place, and it is needed again: return a new tensor, w = w - eta * g in "
-                "place of w -= eta * g"
-            )
     if not any(x.requires_grad for x in floats_of(after)):
         raise ValueError(
             "what the step returns depends neither on the state nor on lam: it was detached (torch.no_grad, .detach(), "
@@ -65,6 +59,8 @@ def check_step(inner: Inner, lam: Any, steps: int) -> bool:
             "next state from them by plain operations"
         )
     _check_replay(inner, state, at, after)
+    if check_derivatives(inner, before, constant(at)):
+        check_strangers(inner, before, constant(at))
     return _is_quiet(inner, before, at, after)
 
 
@@ -78,6 +74,8 @@ def _check_state(state: Any, lam: Any) -> None:
                 f"{name} is a {type(x).__name__}; a state is made of tensors: use torch.tensor(...), or let the step "
                 "close over it"
             )
+        if x.is_complex():
+            raise ValueError(f"{name} is complex; keep its real and imaginary parts (torch.view_as_real)")
     for name, x in [*names_of("state", state), *names_of("lam", lam)]:
         if x.device != device and x.dim():
             raise ValueError(f"{name} is on {x.device} and {first} on {device}: move one of them, x.to(device)")
@@ -98,10 +96,6 @@ def _check_alike(before: Any, after: Any) -> None:
                 f"{new.dtype}{list(new.shape)} on {new.device} after it; it must keep shape, type and device (a "
                 "float64 lam or batch beside a float32 w is the usual cause)"
             )
-
-
-def _versions(*trees: Any) -> list[int]:
-    return [x._version for x in jax.tree.leaves(trees)]
 
 
 class _advice:
@@ -128,16 +122,21 @@ class _advice:
 
 def _check_replay(inner: Inner, state: Any, lam: Any, after: Any) -> None:
     """A second run of the same step must give the same state, whatever torch's random numbers are now."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(1)
-        with mode("graph"):
-            again = inner.step(1, state, lam)
+    with seeded(1, inner.device), mode("graph"):
+        again = inner.step(1, state, lam)
     for (name, x), y in zip(names_of("state", after), jax.tree.leaves(again), strict=True):
         if not torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True):
             raise ValueError(
-                f"the same step run twice gives another {name}: it draws random numbers (dropout, a shuffled loader). "
-                "Set seed=0 of the problem, and torch's numbers are drawn from (seed, t); draw others from t yourself"
+                f"the same step run twice gives another {name}: it draws random numbers (dropout, a shuffled loader), "
+                "or keeps something between its calls (.grad of .backward(), a variable outside, a changed dict). "
+                f"{_advice_on_randomness(inner)}; what is to be kept belongs into the state"
             )
+
+
+def _advice_on_randomness(inner: Inner) -> str:
+    if inner.problem.seed is None:
+        return "Set seed=0 of the problem, and torch's numbers are drawn from (seed, t); draw others from t yourself"
+    return "The seed of the problem replays torch's numbers alone: draw those of NumPy or random from t yourself"
 
 
 def _is_quiet(inner: Inner, state: Any, lam: Any, after: Any) -> bool:

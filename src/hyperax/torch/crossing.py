@@ -24,7 +24,19 @@ def is_traced(tree: Any) -> bool:
 
 
 def to_torch(tree: Any, device: torch.device | str | None = None) -> Any:
-    """Arrays of JAX and NumPy as tensors, on this device; all else as it is. They must not be written to."""
+    """Arrays of JAX and NumPy in a pytree as tensors: lam of `hyperax.minimize` for PyTorch.
+
+    Arguments:
+        tree: any pytree; what is no array stays as it is.
+        device: where the tensors go; `None` leaves them where they are, without a copy where that is possible.
+
+    Raises: `ValueError` for keys of JAX.
+    Cost: a copy where memory cannot be shared.
+    Do not write into the tensors: the arrays of JAX may share their memory. `x.clone()` is yours.
+
+    >>> to_torch({"decay": jnp.ones(2)})["decay"].sum()
+    tensor(2...)
+    """
 
     def convert(x: Any) -> Any:
         if isinstance(x, np.ndarray | np.generic):
@@ -44,7 +56,19 @@ def to_torch(tree: Any, device: torch.device | str | None = None) -> Any:
 
 
 def to_jax(tree: Any) -> Any:
-    """Tensors as JAX arrays, where they are; float64 becomes float32 unless JAX is told to have it."""
+    """Tensors in a pytree as JAX arrays: a lam or data for `hyperax.minimize`.
+
+    Arguments:
+        tree: any pytree; what is no tensor stays as it is.
+
+    64 bits become 32 (numbers, and labels) unless `jax.config.update("jax_enable_x64", True)` was called.
+    Raises: `KeyError` for complex and quantised tensors.
+    Cost: none where types are kept, for the memory is shared; else a copy.
+    Do not change the tensors in place afterwards: JAX takes its arrays for constant.
+
+    >>> to_jax({"decay": torch.ones(2)})["decay"].shape
+    (2,)
+    """
 
     def convert(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -77,7 +101,7 @@ def shapes_of(tree: Any) -> Any:
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
         dtype = _NUMPY[x.dtype] if isinstance(x, torch.Tensor) else jnp.result_type(x)
-        return jax.ShapeDtypeStruct(tuple(x.shape), jax.dtypes.canonicalize_dtype(dtype))
+        return jax.ShapeDtypeStruct(tuple(np.shape(x)), jax.dtypes.canonicalize_dtype(dtype))
 
     return jax.tree.map(shape, tree)
 

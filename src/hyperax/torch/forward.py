@@ -15,7 +15,19 @@ from hyperax.methods import Forward, RealTime
 from hyperax.methods.real_time import InnerProgress
 from hyperax.torch.problem import Inner, floats_of, is_float, mode, replaced, w_of, with_w
 from hyperax.torch.reverse import first_carry, solve
-from hyperax.torch.runs import Gradients, Pulled, Solved, added, begin, constant, plain, unrolled
+from hyperax.torch.runs import (
+    Gradients,
+    Pulled,
+    Solved,
+    added,
+    backward,
+    begin,
+    constant,
+    plain,
+    unrolled,
+    variable,
+    zeros_where_none,
+)
 
 Tangents = list[torch.Tensor]
 """One for each floating-point tensor, with a leading axis of directions."""
@@ -69,7 +81,7 @@ def _pushed(inner: Inner, t: int, state: Any, z: Tangents, lam: Any, directions:
 def _load_rules() -> None:
     """Have PyTorch load its forward rules now: on the way it warns of what it does not do any more by itself."""
     with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
@@ -106,7 +118,20 @@ def _push(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tan
 
 
 def _push_one(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
-    """The same for one direction, by dual numbers: any step that has first and second derivatives will do."""
+    """The same for one direction, by dual numbers; where PyTorch has none of an operation, by two ways back."""
+    try:
+        return _push_dual(function, arguments, tangents)
+    except (RuntimeError, NotImplementedError) as without:
+        try:
+            return _push_twice(function, arguments, tangents)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"the step has no derivative along a direction ({str(error).splitlines()[0]}; by forward rules: "
+                f"{str(without).splitlines()[0]}): use Reverse, with segments where memory is short"
+            ) from error
+
+
+def _push_dual(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
     with forward_ad.dual_level(), mode("graph"):
         with_tangents = iter(tangents)
         dual = lambda x: forward_ad.make_dual(x.detach().requires_grad_(), next(with_tangents)[0])
@@ -115,6 +140,28 @@ def _push_one(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any,
         derivatives = [torch.zeros_like(x)[None] if z is None else z.detach()[None] for x, z in pairs]
         primal = lambda x: forward_ad.unpack_dual(x).primal if is_float(x) else x
         return constant(jax.tree.map(primal, after)), derivatives
+
+
+def _push_twice(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
+    """J u as the derivative of v -> J^T v, which is linear in v, pulled back by u; <v, J u> = <J^T v, u> is checked."""
+    at = variable(arguments)
+    with mode("graph"):
+        after = function(*at)
+    outputs, inputs = floats_of(after), floats_of(at)
+    v = [torch.ones_like(y).requires_grad_() for y in outputs]
+    reached = [(y, x) for y, x in zip(outputs, v, strict=True) if y.requires_grad]
+    pulled: Gradients = [None] * len(inputs)
+    if reached:
+        pulled = torch.autograd.grad(
+            [y for y, _ in reached], inputs, [x for _, x in reached], create_graph=True, allow_unused=True
+        )
+    known = [(p, u[0]) for p, u in zip(pulled, tangents, strict=True) if p is not None]
+    products = [(p.detach() * u).flatten() for p, u in known]
+    found = zeros_where_none(backward([p for p, _ in known], v, [u for _, u in known]), v)
+    left, right = sum(float(z.sum()) for z in found), sum(float(x.sum()) for x in products)
+    if abs(left - right) > 1e-3 * (abs(left) + sum(float(x.abs().sum()) for x in products)):
+        raise RuntimeError("a function in it is differentiable once only")
+    return constant(after), [z[None] for z in found]
 
 
 def _paired(alpha: Gradients, parts: Sequence[Tangents], lam: Any) -> Gradients:

@@ -37,6 +37,7 @@ def _(method: Implicit, inner: Inner, lam: Any) -> Any:
 def _(method: Implicit, inner: Inner, lam: Any, carry: Any) -> Solved:
     of_step = isinstance(method.solver, FixedPoint)
     _check(method, inner)
+    _check_no_noise(inner, lam)
     memory = carry if isinstance(carry, Memory) else Memory()
     epsilon = None
     if method.tolerance is not None:
@@ -91,10 +92,22 @@ def _check(method: Implicit, inner: Inner) -> None:
             "or leave batch out"
         )
     if inner.problem.inner is None and not (of_step and method.tolerance is None):
-        what = "a tolerance compares" if of_step else f"{type(method.solver).__name__} solves with"
+        what = "a tolerance compares" if of_step else "the Hessian is made of"
         raise ValueError(
             f"{what} derivatives of the training loss, which Problem.inner is to give: pass inner=(state, lam, batch) "
-            "-> scalar, or use Implicit(steps, solver=hyperax.FixedPoint(...)), which needs the step alone"
+            "-> scalar, or use Implicit(steps, solver=hyperax.FixedPoint(...)), which needs the step alone. "
+            "from_module has no such loss where weight decay stands beside the gradient (adamw) or is a schedule"
+        )
+
+
+def _check_no_noise(inner: Inner, lam: Any) -> None:
+    if inner.problem.inner is None or inner.problem.seed is None:
+        return
+    state, lam = begin(inner, lam)[0], constant(lam)
+    if not torch.allclose(*(inner.loss(state, lam, w_of(state), t).detach() for t in (1, 2)), equal_nan=True):
+        raise ValueError(
+            "the training loss draws random numbers (dropout), other ones in each step, so there is no single inner "
+            "objective and w_lam is not defined: use Reverse or Truncated, or leave them out"
         )
 
 
@@ -123,4 +136,10 @@ def _slope(inner: Inner, state: Any, lam: Any) -> tuple[Vector, Vector]:
 def _of_w(state: Any, alpha: Gradients) -> Gradients:
     """Of the gradients in a state those in w; tensors are known by what they are, for a state has no fixed order."""
     of_w = {id(x) for x in floats_of(w_of(state))}
-    return [a for x, a in zip(floats_of(state), alpha, strict=True) if id(x) in of_w]
+    pairs = list(zip(floats_of(state), alpha, strict=True))
+    if any(a is not None and id(x) not in of_w and bool(a.any()) for x, a in pairs):
+        raise ValueError(
+            "E depends on auxiliary variables of the state (running statistics), which the Hessian of L does not see: "
+            'use Implicit(steps, solver=hyperax.FixedPoint(...)), frozen statistics (buffers="frozen"), or Reverse'
+        )
+    return [a for x, a in pairs if id(x) in of_w]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
@@ -16,17 +17,19 @@ def tracking(module: nn.Module) -> list[_NormBase]:
     return [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
 
-def with_statistics_in_state(module: nn.Module) -> None:
+def with_statistics_in_state(module: nn.Module, still: Collection[nn.Module] = ()) -> None:
     """Change a module's own copy so that its batch normalisation assigns new statistics in place of overwriting them.
 
     PyTorch overwrites them outside of the graph, so that a validation loss in evaluation mode would lose its dependence
-    on the hyperparameters through them.
+    on the hyperparameters through them. Layers that are `still`, in evaluation mode, have no new ones.
     """
     for layer in tracking(module):
-        if not isinstance(layer, _BatchNorm):
+        if any(layer is one for one in still):
+            continue
+        if type(layer).forward is not _BatchNorm.forward:  # its own one may do more than to normalise
             raise ValueError(
-                f"{type(layer).__name__} keeps running statistics that cannot be part of the state: use "
-                'buffers="frozen", or track_running_stats=False'
+                f"{type(layer).__name__} keeps running statistics in a way of its own, which cannot be part of the "
+                'state: use buffers="frozen", track_running_stats=False, or a layer of PyTorch (BatchNorm2d, then relu)'
             )
         layer.forward = MethodType(_forward, layer)
 

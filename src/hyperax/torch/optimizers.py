@@ -20,11 +20,18 @@ class Optimizer(NamedTuple):
         settings: the names of its hyperparameters with their defaults; `None` has none and must be given.
         moments: how many tensors like w it carries along; all begin at zero.
         update: (w, g, moments, rates, t) -> (w, moments).
+        decoupled: whether weight decay stands beside the gradient, and is not part of a training loss.
     """
 
     settings: dict[str, float | None]
     moments: int
     update: Callable[[torch.Tensor, torch.Tensor, Moments, Rates, int], tuple[torch.Tensor, Moments]]
+    decoupled: bool = False
+
+
+def decay_loss(w: Mapping[str, torch.Tensor], rates: Mapping[str, Any]) -> Any:
+    """1/2 sum over parameters of weight_decay |w|^2: what coupled weight decay adds to the training loss."""
+    return sum(0.5 * rates[name] * (x * x).sum() for name, x in w.items() if not is_zero(rates[name]))
 
 
 def _sgd(w: torch.Tensor, g: torch.Tensor, moments: Moments, rates: Rates, t: int) -> tuple[torch.Tensor, Moments]:
@@ -47,7 +54,7 @@ def _adam(w: torch.Tensor, g: torch.Tensor, moments: Moments, rates: Rates, t: i
 def _adamw(w: torch.Tensor, g: torch.Tensor, moments: Moments, rates: Rates, t: int) -> tuple[torch.Tensor, Moments]:
     """Adam of g, and w - eta lambda w beside it."""
     u, moments = _normalised(g, moments, rates, t)
-    return w - rates["step_size"] * (u if _is_zero(rates["weight_decay"]) else u + rates["weight_decay"] * w), moments
+    return w - rates["step_size"] * (u if is_zero(rates["weight_decay"]) else u + rates["weight_decay"] * w), moments
 
 
 def _rmsprop(w: torch.Tensor, g: torch.Tensor, moments: Moments, rates: Rates, t: int) -> tuple[torch.Tensor, Moments]:
@@ -71,10 +78,10 @@ def _root(v: torch.Tensor, eps: Any) -> torch.Tensor:
 
 
 def _decayed(g: torch.Tensor, w: torch.Tensor, rates: Rates) -> torch.Tensor:
-    return g if _is_zero(rates["weight_decay"]) else g + rates["weight_decay"] * w
+    return g if is_zero(rates["weight_decay"]) else g + rates["weight_decay"] * w
 
 
-def _is_zero(rate: Any) -> bool:
+def is_zero(rate: Any) -> bool:
     """Whether a rate is the number 0; a tensor is not, for it may have a derivative."""
     return isinstance(rate, float) and rate == 0.0
 
@@ -85,7 +92,7 @@ OPTIMIZERS = {
     "sgd": Optimizer({"step_size": None, "weight_decay": 0.0}, 0, _sgd),
     "momentum": Optimizer({"step_size": None, "momentum": 0.9, "weight_decay": 0.0}, 1, _momentum),
     "adam": Optimizer(dict(_ADAM), 2, _adam),
-    "adamw": Optimizer(_ADAM | {"weight_decay": 0.01}, 2, _adamw),
+    "adamw": Optimizer(_ADAM | {"weight_decay": 0.01}, 2, _adamw, decoupled=True),
     "rmsprop": Optimizer({"step_size": None, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0}, 1, _rmsprop),
 }
 """By the names, settings and defaults of `torch.optim`."""

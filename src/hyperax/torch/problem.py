@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Problem:
             same; a whole number, or a function of data that returns one. `None` leaves torch's state alone.
         device: where lam and data go when they come from JAX; `None` is the CPU.
         example: a lam to try one step with before a compiled run, where its values are not known yet; `None` is ones.
+            (The data are then ones too; a call outside of `minimize` first looks at the problem with real ones.)
+        steps: T, where something in the problem is made for so many (a schedule): a method with another T then warns.
 
     Raises: `ValueError` for what is not a function. The first call looks further: see `hypergradient`.
     Reference: Franceschi et al. 2018 (ICML), eq. 5-6; B_t as in the Bridge paper (2017), eq. 2.1.
@@ -80,6 +83,7 @@ class Problem:
     seed: int | Callable[[Any], int] | None = None
     device: torch.device | str | None = None
     example: Any = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, optional in (("step", False), ("outer", False), ("init", False), ("batch", True), ("inner", True)):
@@ -91,6 +95,31 @@ class Problem:
             raise ValueError("step is a module; use from_module(module, loss, ...), or a function of one training step")
         if self.seed is not None and not callable(self.seed):
             check_steps(self.seed, "seed")
+        for name, arguments in _ARGUMENTS.items():
+            _check_arguments(name, getattr(self, name), arguments)
+
+
+_ARGUMENTS = {
+    "step": ("t", "state", "lam", "batch"),
+    "outer": ("state", "lam", "data"),
+    "init": ("lam", "data"),
+    "batch": ("data", "t"),
+    "inner": ("state", "lam", "batch"),
+}
+
+
+def _check_arguments(name: str, function: Any, arguments: tuple[str, ...]) -> None:
+    """`ValueError` for a function that cannot be called with these."""
+    if not callable(function):
+        return
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of compiled functions Python does not know it
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} is called as {name}({', '.join(arguments)}), and it takes {signature}") from error
 
 
 class Mode(NamedTuple):
@@ -191,14 +220,19 @@ class Inner(NamedTuple):
 
     def step(self, t: int, state: Any, lam: Any) -> Any:
         """s_t, from s_{t-1}."""
+        leaves = jax.tree.leaves((state, lam))
+        versions = [x._version for x in leaves]
         with self._seeded(t):
-            return self.problem.step(t, state, lam, self._batch(t))
+            after = self.problem.step(t, state, lam, self._batch(t))
+        if [x._version for x in leaves] != versions:
+            _refuse_changed(t, state, lam, leaves, versions)
+        return after
 
-    def loss(self, state: Any, lam: Any, w: Any) -> torch.Tensor:
-        """L at this state with w in its place, on the data of the first step (of all, for there are no batches)."""
+    def loss(self, state: Any, lam: Any, w: Any, t: int = 1) -> torch.Tensor:
+        """L at this state with w in its place, as step t sees it."""
         assert self.problem.inner is not None
-        with self._seeded(1):
-            return checked_scalar("inner", self.problem.inner(with_w(state, w), lam, self._batch(1)))
+        with self._seeded(t):
+            return checked_scalar("inner", self.problem.inner(with_w(state, w), lam, self._batch(t)))
 
     def outer(self, state: Any, lam: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(E, its metrics)."""
@@ -206,7 +240,7 @@ class Inner(NamedTuple):
         with self._seeded(0):
             found = self.problem.outer(state, lam, self.data)
         value, metrics = split_metrics(self.problem, found)
-        return checked_scalar("the outer objective", value), metrics
+        return checked_scalar("the outer objective", value), jax.tree.map(torch.as_tensor, metrics)
 
     def _batch(self, t: int) -> Any:
         return self.data if self.problem.batch is None else self.problem.batch(self.data, t)
@@ -216,6 +250,19 @@ class Inner(NamedTuple):
         if seed is None:
             return contextlib.nullcontext()
         return seeded(mixed(seed(self.data) if callable(seed) else seed, t), self.device)
+
+
+def _refuse_changed(t: int, state: Any, lam: Any, leaves: list[torch.Tensor], versions: list[int]) -> None:
+    named = [*names_of("state", state), *names_of("lam", lam)]
+    changed = [
+        next((name for name, y in named if y is x), "a tensor of the state or of lam")
+        for x, version in zip(leaves, versions, strict=True)
+        if x._version != version
+    ]
+    raise ValueError(
+        f"step {t} changes {', '.join(changed)} in place, and it is needed again: return a new tensor, "
+        "w = w - eta * g in place of w -= eta * g"
+    )
 
 
 def split_metrics(problem: Problem, found: Any) -> tuple[Any, dict[str, Any]]:

@@ -41,7 +41,9 @@ def first_carry(method: Method, inner: Inner, lam: Any) -> Any:
 @solve.register
 def _(method: Reverse, inner: Inner, lam: Any, carry: Any) -> Solved:
     schedule = None
-    if method.memory is not None:
+    if method.memory is not None and method.steps < 2:
+        schedule = Schedule((), 0)
+    elif method.memory is not None:
         state, _ = begin(inner, lam)
         schedule = cheapest(method.steps, measured(inner, state, lam), parse_bytes(method.memory))
     elif method.segment is not None:
@@ -91,7 +93,7 @@ def measured(inner: Inner, state: Any, lam: Any) -> StepSize:
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         seen[-1][storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # x itself would be kept by its own graph, and never be freed
 
     at, after = variable(lam), variable(state)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), mode("graph"):
@@ -99,7 +101,9 @@ def measured(inner: Inner, state: Any, lam: Any) -> StepSize:
             seen.append({})
             after = inner.step(t, live(after), at)
     of_state = sum(x.nbytes for x in floats_of(state))
-    of_step = sum(size for pointer, size in seen[1].items() if pointer not in seen[0])
+    # The larger: the last mini-batch of an epoch may be a small one.
+    kept = lambda here, there: sum(size for pointer, size in here.items() if pointer not in there)
+    of_step = max(kept(*seen), kept(*seen[::-1]))
     return StepSize(of_state, max(of_state, of_step))
 
 

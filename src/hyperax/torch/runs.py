@@ -67,7 +67,7 @@ def plain(inner: Inner, state: Any, lam: Any, times: Sequence[int]) -> Any:
         for t in times:
             if inner.quiet:
                 with torch.no_grad():
-                    state = inner.step(t, state, lam)
+                    state = constant(inner.step(t, state, lam))
             else:
                 state = constant(inner.step(t, live(constant(state)), lam))
     return constant(state)

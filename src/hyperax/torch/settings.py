@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from hyperax.rollout import check_steps
-
 
 def matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> list[str]:
     """The names that any of these patterns matches; `ValueError` for a pattern that matches none."""
@@ -19,7 +17,8 @@ def matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> 
         if not isinstance(pattern, str):
             raise ValueError(f'{what} is made of {pattern!r}; give names of parameters or layers, such as "features.*"')
         if not any(_matches(pattern, name) for name in names):
-            raise ValueError(f"no trainable parameter matches {pattern!r} of {what}; there are {', '.join(names)}")
+            there = names if len(names) <= 20 else [*names[:20], f"{len(names) - 20} more"]
+            raise ValueError(f"no trainable parameter matches {pattern!r} of {what}; there are {', '.join(there)}")
     return [name for name in names if any(_matches(pattern, name) for pattern in patterns)]
 
 
@@ -44,8 +43,9 @@ class Setting:
         name: of the setting.
         value: a number, [K] numbers (a schedule), or {pattern: either}; of these only the form is kept.
         parameters: the names of the parameters.
-        steps: T, for schedules.
-        missing: what parameters have that no pattern matches; `None` if all must be matched.
+        steps: T, for schedules, which have at most T knots.
+        missing: what parameters have that no pattern of a dict matches, whatever the default of the setting is where it
+            is not given at all; `None` if all must be matched.
     """
 
     def __init__(self, name: str, value: Any, parameters: Iterable[str], steps: int | None, missing: float | None):
@@ -61,11 +61,23 @@ class Setting:
         for key, one in value.items() if isinstance(value, dict) else [("", value)]:
             shape = tuple(getattr(one, "shape", ()))
             if len(shape) > 1 or shape == (0,):
-                raise ValueError(f"the {name} {key} has shape {list(shape)}; use a number, or [K] knots of a schedule")
+                of = f"{name} of {key}" if key else name
+                raise ValueError(f"the {of} has shape {list(shape)}; use a number, or [K] knots of a schedule")
             if shape:
                 if steps is None:
                     raise ValueError(f"the {name} is a schedule of {shape[0]} knots; say over how many steps: steps=T")
-                check_steps(steps, "steps", 1)
+                if shape[0] > steps:
+                    raise ValueError(
+                        f"the {name} is a schedule of {shape[0]} knots over {steps} steps, so that some would never be "
+                        f"used: at most one knot a step, or steps={shape[0]} and more"
+                    )
+
+    def is_constant(self, value: Any) -> bool:
+        """Whether the setting is the same at every step."""
+        return not any(
+            isinstance(x, torch.Tensor) and x.dim() and len(x) > 1
+            for x in (value.values() if isinstance(value, dict) else [value])
+        )
 
     def at(self, value: Any, t: int, like: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The setting of every parameter at step t."""

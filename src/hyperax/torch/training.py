@@ -1,37 +1,23 @@
-"""A module's training run as a function of lam: its steps, its validation loss, and the trained module."""
+"""A module's training run as a function of lam: its steps, its training loss and its validation loss."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import jax
 import torch
 from torch import nn
 
 from hyperax.dynamics.dynamics import State, arity
-from hyperax.rollout import check_steps
-from hyperax.torch.crossing import is_torch, to_torch
+from hyperax.torch.model import Model, Tensors
 from hyperax.torch.normalisation import tracking, with_statistics_in_state
-from hyperax.torch.optimizers import Optimizer
-from hyperax.torch.problem import Inner, Problem, inner_gradient
-from hyperax.torch.runs import begin, engine, plain
+from hyperax.torch.optimizers import Optimizer, decay_loss, is_zero
+from hyperax.torch.problem import inner_gradient
+from hyperax.torch.runs import engine
 from hyperax.torch.seeds import seeded
 from hyperax.torch.settings import Setting
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Model:
-    """What a loss receives: call it as the module; it computes with the parameters and buffers of now."""
-
-    def __init__(self, module: nn.Module, tensors: dict[str, torch.Tensor]):
-        self.module, self.tensors = module, tensors
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """The module's output; a buffer that it assigns or changes is kept for the next call."""
-        return torch.func.functional_call(self.module, self.tensors, arguments, named)
 
 
 class ModuleRun:
@@ -62,34 +48,66 @@ class ModuleRun:
         self.loss, self.optimizer, self.forms, self.settings = loss, optimizer, forms, settings
         self.in_lam, self.starting, self.weighted = in_lam, starting, weighted
         own = dict(self.module.named_parameters())
-        self.first = {name: own[name].detach() for name in in_w}
+        self.first = {name: own[name].detach().clone() for name in in_w}
+        with torch.no_grad():  # nobody is to compute with these: not a recomputation after the call either
+            for name, p in self.skeleton.named_parameters():
+                if name in in_w or name in in_lam:
+                    p.fill_(torch.nan)
         self.types = {name: own[name].dtype for name in in_lam}
         self.device = next(iter(self.first.values())).device
         self.everything: Any = None  # the batch of every step, if all see the same
         self.buffers: Tensors = {}  # those that are part of the state, at the start
         self.changing: Tensors = {}  # those that a call of the module would overwrite, and must not
-        self.still: list[nn.Module] = []  # layers that stay in evaluation mode
-        self.skeleton.train()
+        self.constant: Tensors = {}  # all others
+        self.structure: Any = None  # of lam
+        # Layers that stay in evaluation mode: those that somebody put into it, apart from the module as a whole.
+        self.still = [layer for layer in self.skeleton.modules() if self.skeleton.training and not layer.training]
+        self._train(True)
 
     def keep_buffers(self, choice: str | None, lam: Any, batch: Any) -> None:
         """See which buffers change in training, and make them part of the state or keep them as they are."""
-        layers = tracking(self.skeleton)
         if choice == "state":
-            with_statistics_in_state(self.skeleton)
+            with_statistics_in_state(self.skeleton, self.still)
         if choice == "frozen":
-            self.still = list(layers)
+            self.still = [*self.still, *tracking(self.skeleton)]
             self._train(True)
-        every = {name: x.detach() for name, x in self.module.named_buffers()}
-        tried = {name: x.clone() for name, x in every.items()}
-        with engine(), seeded(0, self.device):
-            self._losses(Model(self.skeleton, tensors := {**self.first, **self.part_in_lam(lam), **tried}), batch, lam)
-        moved = {name: x for name, x in every.items() if not torch.equal(tensors[name].detach(), x)}
-        if moved and choice is None:
+        every = {name: x.detach().clone() for name, x in self.module.named_buffers()}
+        touched = self._touched(every, lam, batch)
+        # With its neighbours: a mean that begins at the third call is beside the counter of the calls.
+        layers = {name.rpartition(".")[0] for name in touched}
+        moving = {name: x for name, x in every.items() if name.rpartition(".")[0] in layers}
+        if moving and choice is None:
             raise ValueError(
-                f'a training step changes the buffers {", ".join(moved)} (batch normalisation?): pass buffers="state" '
-                'to carry them along and differentiate through them, or buffers="frozen" to keep them as they are'
+                f"a training step changes the buffers {', '.join(moving)} (batch normalisation?): pass "
+                'buffers="state" to carry them along and differentiate through them, or buffers="frozen" to keep them '
+                "as they are"
             )
-        self.buffers, self.changing = (moved, {}) if choice == "state" else ({}, moved)
+        self.buffers, self.changing = (moving, {}) if choice == "state" else ({}, moving)
+        self.constant = {name: x for name, x in every.items() if name not in moving}
+
+    def _touched(self, buffers: Tensors, lam: Any, batch: Any) -> list[str]:
+        """The buffers that a training loss assigns or changes; it is tried with its gradient."""
+        tried = {name: x.clone() for name, x in buffers.items()}
+        before = {name: (x, x._version) for name, x in tried.items()}
+        w = {name: x.clone().requires_grad_() for name, x in self.first.items()}
+        with engine(), seeded(0, self.device):
+            model = Model(self.skeleton, tensors := {**w, **self.part_in_lam(lam), **tried})
+            value = self._losses(model, batch, lam)
+            if not value.requires_grad:
+                raise ValueError(
+                    "the training loss depends on no parameter that is trained: it is detached (.item(), .detach(), "
+                    "torch.no_grad), or computed with another module than the model it receives"
+                )
+            slopes = torch.autograd.grad(value, list(w.values()), allow_unused=True)
+        if bool(torch.isfinite(value)) and any(g is not None and bool(g.isnan().any()) for g in slopes):
+            raise ValueError(
+                "the gradient of the training loss is not a number, while the loss is. A module that recomputes in its "
+                "backward pass (torch.utils.checkpoint) cannot be used here: switch that off, Reverse(steps, "
+                "memory=...) saves more; else look for a square root or norm at 0"
+            )
+        # PyTorch's own kernels change statistics without counting a version.
+        same = lambda name, x, version: tensors[name] is x and x._version == version and torch.equal(x, buffers[name])
+        return [name for name, (x, version) in before.items() if not same(name, x, version)]
 
     def part_in_lam(self, lam: Any) -> Tensors:
         """The parameters of the module that are in lam."""
@@ -97,8 +115,13 @@ class ModuleRun:
 
     def init(self, lam: Any, run: Any) -> State:
         """Phi_0: the module's parameters, or those of lam, and moments of zero."""
+        if jax.tree.structure(lam) != self.structure:
+            raise ValueError(
+                f"lam is {jax.tree.structure(lam)}, and what tune named is {self.structure}: change values of "
+                "Training.lam, and leave none out"
+            )
         start = {name: lam["init"][name].to(self.first[name]) for name in self.starting}
-        w = {name: start.get(name, x) for name, x in self.first.items()}
+        w = {name: start[name] if name in start else x.clone() for name, x in self.first.items()}
         moments = {name: (torch.zeros_like(x),) * self.optimizer.moments for name, x in self.first.items()}
         auxiliary: dict[str, Any] = {"moments": moments} if self.optimizer.moments else {}
         return State(w, auxiliary | ({"buffers": dict(self.buffers)} if self.buffers else {}))
@@ -107,7 +130,7 @@ class ModuleRun:
         """Phi_t: one step of the optimizer."""
         self._train(True)
         g, buffers = inner_gradient(lambda w: self._total(w, state, lam, batch), state.w, has_aux=True)
-        rates = {name: form.at(lam.get(name, self.settings[name]), t, state.w) for name, form in self.forms.items()}
+        rates = {name: self._rates(name, lam, t, state.w) for name in self.forms}
         w, moments = {}, {}
         for name, x in state.w.items():
             own = {setting: values[name] for setting, values in rates.items()}
@@ -116,33 +139,51 @@ class ModuleRun:
         auxiliary: dict[str, Any] = {"moments": moments} if moments and self.optimizer.moments else {}
         return State(w, auxiliary | ({"buffers": buffers} if self.buffers else {}))
 
+    def has_inner(self, lam: Any) -> bool:
+        """Whether the steps descend one training loss: weight decay is part of it, and the same at every step."""
+        decay = lam.get("weight_decay", self.settings["weight_decay"])
+        none = all(is_zero(x) for x in (decay.values() if isinstance(decay, dict) else [decay]))
+        return none or (self.forms["weight_decay"].is_constant(decay) and not self.optimizer.decoupled)
+
     def inner(self, state: State, lam: Any, batch: Any) -> torch.Tensor:
-        """L(w, lam)."""
+        """L(w, lam) + 1/2 sum over parameters of weight_decay |w|^2: what the steps descend."""
         self._train(True)
-        return self._total(state.w, state, lam, batch)[0]
+        decay = decay_loss(state.w, self._rates("weight_decay", lam, 1, state.w))
+        return self._total(state.w, state, lam, batch)[0] + decay
 
     def evaluated(self, state: State, lam: Any) -> Model:
         """The module in evaluation mode, at a state."""
         self._train(False)
         return self._model(state.w, state, lam)
 
+    def _rates(self, name: str, lam: Any, t: int, w: Tensors) -> dict[str, Any]:
+        """A setting at step t, by parameter."""
+        return self.forms[name].at(lam.get(name, self.settings[name]), t, w)
+
     def _model(self, w: Tensors, state: State, lam: Any) -> Model:
         # Copies of what the module itself may overwrite: a state is not changed in place.
         carried = state.auxiliary["buffers"] if self.buffers else {}
         copies = {name: x.clone() for name, x in {**self.changing, **carried}.items()}
-        return Model(self.skeleton, {**w, **self.part_in_lam(lam), **copies})
+        return Model(self.skeleton, {**w, **self.part_in_lam(lam), **self.constant, **copies})
 
     def _total(self, w: Tensors, state: State, lam: Any, batch: Any) -> tuple[torch.Tensor, Tensors]:
         """(L, the buffers after it)."""
         model = self._model(w, state, lam)
+        versions = [x._version for x in self.constant.values()]
         value = self._losses(model, batch if self.everything is None else self.everything, lam)
+        after = [(model.tensors[name], x) for name, x in self.constant.items()]
+        if any(new is not x or x._version != old for (new, x), old in zip(after, versions, strict=True)):
+            raise ValueError(
+                "a training step changes a buffer that its first trial left alone: let the module change it at every "
+                "call, or keep it in a layer whose other buffers change"
+            )
         return value, {name: model.tensors[name] for name in self.buffers}
 
     def _losses(self, model: Model, batch: Any, lam: Any) -> torch.Tensor:
-        weights = None
+        weights, batch = None, moved(batch, self.device)
         if self.weighted:
             index, batch = batch
-            weights = lam["example_weights"][index.to(self.device)]
+            weights = lam["example_weights"][index]
         return total(called(self.loss, model, batch, lam), lam.get("loss_weights", {}), weights)
 
     def _train(self, training: bool) -> None:
@@ -150,6 +191,13 @@ class ModuleRun:
             self.skeleton.train(training)
             for layer in self.still:
                 layer.eval()
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on this device."""
+    if device.type == "cpu":
+        return batch
+    return jax.tree.map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, batch)
 
 
 class Validation:
@@ -192,53 +240,3 @@ def total(found: Any, loss_weights: dict[str, torch.Tensor], weights: torch.Tens
             term = (term if weights is None else weights.to(term) * term).mean()
         means.append(loss_weights[name].to(term) * term if name in loss_weights else term)
     return sum(means[1:], means[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """A module's training run as a function of lam: what `from_module` returns.
-
-    Fields:
-        problem: for `hyperax.torch.hypergradient`. The state is `State(w, {"moments": ..., "buffers": ...})`, w a dict
-            of parameters by name. Its data is the number of the run (`None`: 0), which draws mini-batches and masks.
-        lam: the initial lam, a dict of JAX arrays like `tune`.
-        constraint: the sets of `tune`, for `hyperax.minimize`.
-        module: a copy of the module as it was given.
-
-    Do not use it to reach into a run: `hyperax.torch.Problem` with a step of your own does.
-
-    >>> from hyperax.torch import from_module
-    >>> training = from_module(nn.Linear(2, 1), lambda model, batch: model(batch).pow(2).mean(), data=torch.ones(4, 2),
-    ...                        validation=torch.ones(3, 2), tune={"step_size": 0.1})
-    >>> trained = training.trained(training.lam, steps=5)
-    >>> trained.weight.shape
-    torch.Size([1, 2])
-    """
-
-    problem: Problem
-    lam: Any
-    constraint: Any
-    module: nn.Module
-    own: Callable[[Any], Tensors]  # the part of the module that is in lam
-
-    def trained(self, lam: Any, *, steps: int, run: int | None = None) -> nn.Module:
-        """A copy of the module after training with lam.
-
-        Arguments:
-            lam: like `Training.lam`; tensors or JAX arrays.
-            steps: T.
-            run: which mini-batches and masks.
-        """
-        check_steps(steps)
-        lam = lam if is_torch(lam) else to_torch(lam, self.problem.device)
-        assert self.problem.device is not None
-        inner = Inner(self.problem, run, torch.device(self.problem.device))
-        with engine():
-            state = plain(inner, begin(inner, lam)[0], lam, range(1, steps + 1))
-        module = copy.deepcopy(self.module)
-        tensors = self.own(lam) | state.w | state.auxiliary.get("buffers", {})
-        with torch.no_grad():
-            places = dict([*module.named_parameters(), *module.named_buffers()])
-            for name, x in tensors.items():
-                places[name].copy_(x)
-        return module
