@@ -113,3 +113,11 @@ def test_a_sampler_that_chooses_is_refused_and_an_order_is_not():
     more = DataLoader(examples, batch_size=64)
     training = ht.from_module(linear, loss, tune={"step_size": 0.1}, data=examples, validation=more, batch_size=5)
     assert training.problem.outer.examples[0].shape == (10,), "validation is one batch, whatever the loader's size"
+
+
+def test_a_list_of_pairs_is_a_data_set():
+    pairs = [(torch.full((1, 2), float(i)), torch.tensor([i])) for i in range(6)]
+    batches = ht.Batches(pairs, 3)
+    inputs, targets = batches(None, 1)
+    assert batches.count == 6
+    assert (inputs.shape, targets.shape) == ((3, 1, 2), (3, 1))

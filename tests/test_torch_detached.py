@@ -244,3 +244,65 @@ def test_a_problem_that_ones_cannot_show():
 
 def test_a_gradient_by_hand_is_not_suspected():
     ht.hypergradient(ht.Problem(by_hand, outer, init), hx.Reverse(2))(lam_of())
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-15])
+def test_small_gradients_are_not_suspected(scale):
+    """In float32 the squares of their squares vanish."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    loss = lambda model, batch: scale * (model(batch) - 1).square().mean()
+    made = ht.from_module(
+        torch.nn.Linear(4, 1), loss, "adam", tune={"step_size": 0.1}, fixed={"eps": 1e-12}, data=x, validation=x
+    )
+    ht.hypergradient(made.problem, hx.Reverse(3))(made.lam)
+
+
+def test_steps_without_a_value_beside_the_point():
+    """The look must not end a run that goes well: at a bound of lam, or where a factorisation barely exists."""
+    start = lambda lam, d: torch.diag(torch.tensor([1.0, 1.0, 1e-4], dtype=F64))
+    step = lambda t, w, lam, d: w + lam["scale"].sum() * torch.linalg.cholesky(w)
+    problem = ht.Problem(step, lambda w, lam, d: w.square().sum(), start)
+    assert ht.hypergradient(problem, hx.Reverse(2))({"scale": torch.tensor([1.0, 0.0], dtype=F64)}).grad["scale"].all()
+
+    def bounded(t, w, lam, d):
+        return w - torch.distributions.Normal(0.0, lam["scale"]).variance * w
+
+    problem = ht.Problem(bounded, lambda w, lam, d: w.square().sum(), lambda lam, d: torch.ones(3, dtype=F64))
+    scale = torch.tensor([1.0, 1.0, 1e-6], dtype=F64)
+    assert ht.hypergradient(problem, hx.Reverse(2))({"scale": scale}).value > 0
+
+
+def test_inputs_of_a_gradient_penalty_are_no_strangers():
+    x = torch.tensor(np.random.default_rng(3).normal(size=(6, 5)))
+
+    def penalised(w):
+        at = x.clone().requires_grad_()
+        slope = torch.autograd.grad(torch.tanh(at @ w).sum(), at, create_graph=True)[0]
+        return slope.square().sum()
+
+    h = ht.hypergradient(descent(lambda w: ht.inner_gradient(penalised, w)), hx.Reverse(3))(RATE)
+    assert float(h.grad["rate"]) != 0
+
+
+def test_a_cut_among_many_tensors_is_found():
+    def step(t, w, lam, data):
+        g = ht.inner_gradient(lambda w: sum(((i + 1) * x - 1).square().sum() for i, x in enumerate(w)), w)
+        return [x - lam * (g[i].detach() if i == 13 else g[i]) for i, x in enumerate(w)]
+
+    start = lambda lam, data: [torch.full((2,), 0.1 * i + 0.1, dtype=F64) for i in range(20)]
+    problem = ht.Problem(step, lambda w, lam, d: sum(x.sum() for x in w), start)
+    with pytest.warns(ht.DetachedWarning, match=r"of a step of state\[13\] with respect to the state before it"):
+        ht.hypergradient(problem, hx.Reverse(3))(torch.tensor(0.01, dtype=F64))
+
+
+def test_half_precision_has_forward_mode_too():
+    x = torch.linspace(-1, 1, 12).reshape(4, 3).bfloat16()
+    loss = lambda w: torch.nn.functional.mse_loss(x @ w, x.sum(1))
+    problem = ht.Problem(
+        lambda t, w, lam, d: w - lam * ht.inner_gradient(loss, w),
+        lambda w, lam, d: (w - 1).square().sum(),
+        lambda lam, d: torch.full((3,), 0.5, dtype=torch.bfloat16),
+    )
+    lam = torch.tensor(0.1, dtype=torch.bfloat16)
+    forward, reverse = (float(ht.hypergradient(problem, m)(lam).grad) for m in (hx.Forward(2, chunk=1), hx.Reverse(2)))
+    assert forward == pytest.approx(reverse, rel=0.05)

@@ -178,3 +178,49 @@ def test_a_method_of_its_own_called_like_one_that_changes():
 
     found = Model(Typed(2, 1), {"weight": torch.ones(1, 2)}).type()
     assert found == 2
+
+
+def test_modules_in_dicts_are_the_model_s_own():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+
+    x = torch.eye(3)
+    ways = (
+        lambda m: sum(h(x).sum() for h in m.heads.values()),
+        lambda m: sum(m.heads[name](x).sum() for name in m.heads),
+        lambda m: sum(h(x).sum() for _, h in m.heads.items()),
+    )
+    module = Heads()
+    values = []
+    for way in ways:
+        run = ht.from_module(
+            module, lambda model, batch, way=way: (way(model) - 1) ** 2, tune={"step_size": 0.01}, data=x, validation=x
+        )
+        values.append(float(ht.hypergradient(run.problem, hx.Reverse(2))(run.lam).grad["step_size"]))
+    assert values[0] != 0
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
+class Listed(nn.Module):
+    """A parameter that is used through a plain list, where PyTorch cannot put another in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 1)
+        self.plain = [self.first.weight]
+
+    def forward(self, x):
+        return self.first(x) + self.plain[0].sum()
+
+
+def test_a_loss_that_is_no_number_at_the_start():
+    with pytest.raises(ValueError, match=r"not a number at the first parameters.*nn.ParameterList"):
+        ht.from_module(
+            Listed(),
+            lambda model, batch: model(batch).square().mean(),
+            tune={"step_size": 0.1},
+            data=torch.eye(3),
+            validation=torch.eye(3),
+        )

@@ -134,3 +134,21 @@ def test_jax_arrays_wherever_tensors_may_be():
     assert float(f.value(in_jax(lam_of()))) == float(f.value(lam_of()))
     along = [float(f.along(kind(lam_of()), kind(lam_of()))[1]) for kind in (in_jax, lambda lam: lam)]
     assert along[0] == along[1]
+
+
+def test_programs_that_want_the_value_alone_leave_no_run_behind():
+    problem = ht.Problem(step, ht.JaxObjective(lambda w, lam, task: jnp.sum((w - 1) ** 2)), MAML.init)
+    f = ht.hypergradient(problem, hx.Reverse(2))
+    task = ht.to_jax({name: x[0] for name, x in DATA.items()})
+    value = jax.jit(lambda lam: f(lam, task).value)(ht.to_jax(LAM))
+    assert float(value) == pytest.approx(float(f(LAM, jax.tree.map(lambda x: x[0], DATA)).value), abs=1e-12)
+    assert not f.waiting._runs
+
+
+def test_a_loss_of_tensors_and_numbers():
+    rate = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    f = ht.hypergradient(ht.Problem(step, outer, lambda lam, task: torch.zeros(4, dtype=F64)), hx.Reverse(2))
+    with pytest.warns(hx.UnusedLeafWarning, match="unused"):
+        f.loss({"rate": rate, "unused": 0.5}, {name: x[0] for name, x in DATA.items()}).backward()
+    assert rate.grad is not None
+    assert rate.grad != 0

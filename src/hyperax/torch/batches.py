@@ -72,7 +72,8 @@ class Batches:
                     "the loader has no batch_size (it is off, or a batch_sampler has it): pass size=..., and the "
                     "mini-batches are drawn here"
                 )
-            check_sampler(data)
+            if not isinstance(data.dataset, IterableDataset):
+                check_sampler(data)
             size = data.batch_size if size is None else size
             drop_last = data.drop_last if drop_last is None else drop_last
             collate = data.collate_fn if collate is None else collate
@@ -158,6 +159,9 @@ def check_sampler(loader: DataLoader) -> None:
 
 
 def _is_tensors(data: Any) -> bool:
+    """Whether this is a pytree of tensors; a list of tuples, (input, target) each, is a data set."""
+    if isinstance(data, list) and data and isinstance(data[0], tuple | list | dict):
+        return False
     leaves = jax.tree.leaves(data)
     return bool(leaves) and all(isinstance(x, torch.Tensor) for x in leaves)
 

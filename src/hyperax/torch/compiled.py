@@ -35,7 +35,7 @@ class Waiting:
 
     def leave(self, lam: Any, solved: Solved) -> np.int32:
         """A ticket for a run."""
-        while len(self._runs) >= 64:  # what earlier programs left behind by failing in between
+        while len(self._runs) >= 1024:  # what earlier programs left behind by failing in between
             self._runs.pop(next(iter(self._runs)))
         ticket = next(self._tickets) % 2**31
         self._runs[ticket] = (lam, solved)
@@ -91,15 +91,17 @@ def _called_back_twice(
     ticket, state = _call_back(f, down, (ticket, known.state), lam, data, carry)
     value, metrics, of_state, of_lam = in_jax(f.problem, state, lam, to_jax(data))
 
-    def up(ticket: Any, of_state: Any) -> Any:
+    def up(ticket: Any, of_state: Any, value: Any) -> Any:
         lam, solved = f.waiting.fetch(ticket)
         alpha = [g.to(x) for g, x in zip(to_torch(of_state), floats_of(solved.state), strict=True)]
         with _ONE_AT_A_TIME, engine():
             pulled = solved.pull(alpha)
         found = zeros_where_none(pulled.gradient, floats_of(lam))
-        return to_numpy((jax.tree.unflatten(jax.tree.structure(lam), found), pulled.carry), (shapes, known.carry))
+        grad = jax.tree.unflatten(jax.tree.structure(lam), found)
+        return *to_numpy((grad, pulled.carry), (shapes, known.carry)), np.asarray(value)
 
-    grad, carry = jax.pure_callback(up, (shapes, known.carry), ticket, of_state)
+    # The value comes along, so that a program that wants nothing else fetches its run too.
+    grad, carry, value = jax.pure_callback(up, (shapes, known.carry, known.value), ticket, of_state, value)
     grad = jax.tree.map(jax.numpy.add, grad, jax.tree.unflatten(jax.tree.structure(lam), of_lam))
     return Hypergradient(value, grad, None, {"metrics": metrics}, carry)
 

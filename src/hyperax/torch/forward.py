@@ -156,10 +156,11 @@ def _push_twice(function: Any, arguments: tuple, tangents: Tangents) -> tuple[An
             [y for y, _ in reached], inputs, [x for _, x in reached], create_graph=True, allow_unused=True
         )
     known = [(p, u[0]) for p, u in zip(pulled, tangents, strict=True) if p is not None]
-    products = [(p.detach() * u).flatten() for p, u in known]
+    products = [(p.detach().double() * u).flatten() for p, u in known]
     found = zeros_where_none(backward([p for p, _ in known], v, [u for _, u in known]), v)
-    left, right = sum(float(z.sum()) for z in found), sum(float(x.sum()) for x in products)
-    if abs(left - right) > 1e-3 * (abs(left) + sum(float(x.abs().sum()) for x in products)):
+    left, right = sum(float(z.double().sum()) for z in found), sum(float(x.sum()) for x in products)
+    tolerance = max(1e-3, 8 * max(torch.finfo(x.dtype).eps for x in outputs))
+    if abs(left - right) > tolerance * (abs(left) + sum(float(x.abs().sum()) for x in products)):
         raise RuntimeError("a function in it is differentiable once only")
     return constant(after), [z[None] for z in found]
 

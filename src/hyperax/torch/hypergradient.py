@@ -205,13 +205,14 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Any, *floats: torch.Tensor) -> torch.Tensor:
         h = function(floats)
-        ctx.gradient = floats_of(h.grad)
+        pairs = zip(floats_of(h.grad), floats, strict=True)
+        ctx.gradient = [g if isinstance(x, torch.Tensor) else None for g, x in pairs]
         return h.value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
-        return (None, *(slopes[0] * g for g in ctx.gradient))
+        return (None, *(None if g is None else slopes[0] * g for g in ctx.gradient))
 
 
 def _finite(h: Hypergradient) -> Hypergradient:
@@ -248,7 +249,7 @@ def hypergradient(problem: Problem, method: Method) -> TorchHypergradient:
     not that of its values, and module parameters that take part but are not in the state. `RuntimeWarning` for a
     hypergradient that is not finite.
     Cost: see the method. `Reverse` without segments keeps the graph of all steps; with them, states at their ends. The
-    first look costs about twenty steps, and a whole hypergradient more if a leaf of lam is not reached by two steps.
+    first look costs some tens of steps, and a whole hypergradient more if a leaf of lam is not reached by two steps.
     Reference: Franceschi et al. 2018, eq. 5-6; Algorithm 1.
     Do not use it for derivatives of hypergradients, in `jax.vmap`, or for steps much shorter than 0.1 ms: PyTorch
     spends as long on calling its operations there, and JAX compiles them away.

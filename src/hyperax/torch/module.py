@@ -194,7 +194,7 @@ def from_module(
     made = {
         "optimizer": optimizer,
         "fixed": described("fixed", values_of(own)),
-        "tune": described("lam", lam) | {f"set of {name}": repr(one) for name, one in named_sets(constraint)},
+        "tune": described("lam", lam) | named_sets(constraint),
         "seed": seed,
         "batch_size": batches.size,
         "examples": batches.count,

@@ -16,6 +16,7 @@ from torch import nn
 from hyperax.constraints import Constraint
 from hyperax.dynamics.dynamics import State
 from hyperax.rollout import check_steps
+from hyperax.torch.checks import variables_of
 from hyperax.torch.crossing import is_torch, to_torch
 from hyperax.torch.model import Tensors
 from hyperax.torch.problem import Inner, Problem, names_of
@@ -68,7 +69,7 @@ class Training:
         if steps is None:
             raise ValueError("say how many steps to train: trained(lam, steps=T), or from_module(..., steps=T)")
         check_steps(steps)
-        lam = self._here(lam)
+        lam = variables_of(self._here(lam))
         assert self.problem.device is not None
         inner = Inner(self.problem, run, torch.device(self.problem.device))
         with engine():
@@ -127,11 +128,16 @@ def described(name: str, tree: Any) -> dict[str, str]:
     return {leaf: show(np.asarray(x)) for leaf, x in names_of(name, tree)}
 
 
-def named_sets(constraint: Any) -> list[tuple[str, Constraint]]:
-    """The sets by name."""
+def named_sets(constraint: Any) -> dict[str, str]:
+    """What the sets are, by name: their kind, and a hash of the numbers in them."""
     is_set = lambda x: isinstance(x, Constraint)
     leaves = jax.tree_util.tree_leaves_with_path(constraint, is_leaf=is_set)
-    return [(jax.tree_util.keystr(path), one) for path, one in leaves if is_set(one)]
+    numbers = lambda one: [np.asarray(x) for x in jax.tree.leaves(one)]
+    return {
+        f"set of {jax.tree_util.keystr(path)}": f"{one!r} {_digest(numbers(one))}"
+        for path, one in leaves
+        if is_set(one)
+    }
 
 
 def _digest(parts: list[Any]) -> str:

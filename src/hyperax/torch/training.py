@@ -98,6 +98,12 @@ class ModuleRun:
                     "the training loss depends on no parameter that is trained: it is detached (.item(), .detach(), "
                     "torch.no_grad), or computed with another module than the model it receives"
                 )
+            if bool(value.isnan()):
+                raise ValueError(
+                    "the training loss is not a number at the first parameters: the module computes with parameters "
+                    "that it has not registered (in a plain list; use nn.ModuleList or nn.ParameterList), or the loss "
+                    "is undefined there"
+                )
             slopes = torch.autograd.grad(value, list(w.values()), allow_unused=True)
         if bool(torch.isfinite(value)) and any(g is not None and bool(g.isnan().any()) for g in slopes):
             raise ValueError(
