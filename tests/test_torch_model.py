@@ -6,7 +6,6 @@ import jax
 import pytest
 
 import hyperax as hx
-from hyperax.torch.model import Model
 from torch_network import F64, ht, nn, torch
 from torch_problems import close
 
@@ -113,7 +112,7 @@ def test_parts_in_forward_mode():
 def test_tensors_are_those_of_now():
     module = made()
     tensors = {name: (2 * p.detach()).requires_grad_() for name, p in module.named_parameters()}
-    model = Model(module, tensors | {"blocks.0.norm.running_mean": torch.ones(3, dtype=F64)})
+    model = ht.Model(module, tensors | {"blocks.0.norm.running_mean": torch.ones(3, dtype=F64)})
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in module.named_parameters()]
     assert all(p is tensors[name] for name, p in model.named_parameters())
     assert next(model.parameters()) is tensors["blocks.0.linear.weight"]
@@ -127,12 +126,12 @@ def test_tensors_are_those_of_now():
     assert list(model.tail[2].state_dict(prefix="tail.2.")) == ["tail.2.weight", "tail.2.bias"]
     assert dict(model.named_buffers())["blocks.0.norm.running_mean"].sum() == 3
     assert len(list(model.buffers())) == 6
-    assert torch.equal(model.blocks[0].twice(X), Model(module, tensors).blocks[0].twice(X))
+    assert torch.equal(model.blocks[0].twice(X), ht.Model(module, tensors).blocks[0].twice(X))
     assert model.training
     assert len(model.tail) == 3
     assert isinstance(model, Net)
     assert isinstance(model.tail[0], nn.Linear)
-    assert "w" in Model(nn.ParameterDict({"w": torch.ones(2)}), {"w": torch.zeros(2)})
+    assert "w" in ht.Model(nn.ParameterDict({"w": torch.ones(2)}), {"w": torch.zeros(2)})
     assert "Net" in repr(model)
     assert "Linear" in repr(model.tail[0])
     assert all(not p.equal(2 * q) or not q.any() for p, q in zip(module.parameters(), tensors.values(), strict=True))
@@ -151,11 +150,11 @@ def test_tensors_are_those_of_now():
 )
 def test_what_would_change_the_module_is_refused(change, name):
     with pytest.raises(ValueError, match=name):
-        change(Model(made(), {}))
+        change(ht.Model(made(), {}))
 
 
 def test_attributes_that_there_are_not():
-    model = Model(made(), {})
+    model = ht.Model(made(), {})
     for use in (lambda: model.head, lambda: torch.func.functional_call(model, {"tail.2.bias": torch.zeros(1)}, (X,))):
         with pytest.raises(AttributeError):
             use()
@@ -176,7 +175,7 @@ def test_a_method_of_its_own_called_like_one_that_changes():
         def type(self):
             return self.weight.sum()
 
-    found = Model(Typed(2, 1), {"weight": torch.ones(1, 2)}).type()
+    found = ht.Model(Typed(2, 1), {"weight": torch.ones(1, 2)}).type()
     assert found == 2
 
 
