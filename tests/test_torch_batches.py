@@ -112,7 +112,9 @@ def test_a_sampler_that_chooses_is_refused_and_an_order_is_not():
     loss = lambda model, batch: model(batch[0][:, None]).square().mean()
     more = DataLoader(examples, batch_size=64)
     training = ht.from_module(linear, loss, tune={"step_size": 0.1}, data=examples, validation=more, batch_size=5)
-    assert training.problem.outer.examples[0].shape == (10,), "validation is one batch, whatever the loader's size"
+    assert training.problem.outer.examples(None)[0].shape == (10,), (
+        "validation is one batch, whatever the loader's size"
+    )
 
 
 def test_a_list_of_pairs_is_a_data_set():
@@ -121,3 +123,28 @@ def test_a_list_of_pairs_is_a_data_set():
     inputs, targets = batches(None, 1)
     assert batches.count == 6
     assert (inputs.shape, targets.shape) == ((3, 1, 2), (3, 1))
+
+
+def test_validation_in_mini_batches():
+    """E sees some examples, others in each run; over an epoch of runs its mean is near that over all of them."""
+    x = torch.arange(12.0)[:, None] / 12
+    loss = lambda model, batch: (model(batch) - 1).square().mean()
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(1, 1)
+    made = lambda size: ht.from_module(
+        linear, loss, tune={"step_size": 0.1}, data=x, validation=x, validation_batch_size=size
+    )
+    part, whole = made(4), made(None)
+    seen = [part.problem.outer.examples(run).flatten().tolist() for run in (0, 0, 1)]
+    assert seen[0] == seen[1] != seen[2]
+    assert len(set(seen[0])) == 4
+    assert set(seen[0]) <= set(x.flatten().tolist())
+    f, g = (ht.hypergradient(one.problem, hx.Reverse(3)) for one in (part, whole))
+    by_hand = ht.from_module(linear, loss, tune={"step_size": 0.1}, data=x, validation=torch.tensor(seen[0])[:, None])
+    expected = ht.hypergradient(by_hand.problem, hx.Reverse(3))(by_hand.lam)
+    close(f(part.lam, 0), float(expected.value), [float(expected.grad["step_size"])], 1e-6)
+    mean = sum(float(f(part.lam, run).grad["step_size"]) for run in range(40)) / 40
+    assert mean == pytest.approx(float(g(whole.lam).grad["step_size"]), rel=0.1)
+    assert part.identity != whole.identity
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        made(13)

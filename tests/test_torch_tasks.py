@@ -152,3 +152,18 @@ def test_a_loss_of_tensors_and_numbers():
         f.loss({"rate": rate, "unused": 0.5}, {name: x[0] for name, x in DATA.items()}).backward()
     assert rate.grad is not None
     assert rate.grad != 0
+
+
+def test_the_mean_over_runs_of_a_module():
+    x = torch.linspace(-1, 1, 12)[:, None]
+    loss = lambda model, batch: (model(batch) - 1).square().mean()
+    made = ht.from_module(
+        torch.nn.Linear(1, 1), loss, tune={"step_size": 0.1}, data=x, validation=x, batch_size=4, steps=3
+    )
+    f = ht.hypergradient(made.problem, hx.Reverse(3))
+    mean = ht.mean_over_tasks(f)
+    each = [float(f(made.lam, run).value) for run in range(3)]
+    assert len(set(each)) == 3
+    assert float(mean(made.lam, jnp.arange(3)).value) == pytest.approx(sum(each) / 3, rel=1e-6)
+    assert float(jax.jit(mean)(made.lam, jnp.arange(3)).value) == pytest.approx(sum(each) / 3, rel=1e-6)
+    assert float(mean(ht.to_torch(made.lam), torch.arange(3)).value) == pytest.approx(sum(each) / 3, rel=1e-6)

@@ -63,6 +63,7 @@ def from_module(
     validation_loss: Callable[..., Any] | JaxObjective | None = None,
     has_metrics: bool = False,
     batch_size: int | None = None,
+    validation_batch_size: int | None = None,
     steps: int | None = None,
     buffers: str | None = None,
     seed: int | None = 0,
@@ -96,12 +97,14 @@ def from_module(
             Values are numbers, lists, arrays, or with a set to stay in, `hyperax.log_scale(1e-4)` and the like. In lam
             they have the module's precision, float32 at least, if JAX can hold it.
         data: training examples: tensors, NumPy arrays, a `Dataset` or a `DataLoader` (see `Batches`).
-        validation: what E sees, whole: a pytree of tensors or arrays, or a `Dataset` or `DataLoader`, collated once.
+        validation: what E sees: a pytree of tensors or arrays, or a `Dataset` or `DataLoader`.
         fixed: settings that are not tuned, in the same forms. `step_size` must be here or in `tune`.
         validation_loss: E, (model, validation) -> scalar, the module in evaluation mode; `None` is the mean of `loss`,
             its terms with weight one, unless it reads lam. Or a `JaxObjective` of (state, lam, run).
         has_metrics: whether it also returns metrics.
         batch_size: examples a step; `None` is the loader's own, or all.
+        validation_batch_size: how many validation examples E sees, others in each run (`sample` of `minimize` draws
+            runs); `None` is all, collated once, whatever the batch size of a loader.
         steps: T: needed where there are schedules, and the default of `Training.trained`.
         buffers: of layers that keep statistics (batch normalisation): "state", they are updated by every step, carried
             along, used in E and differentiated; or "frozen", they stay as they are and normalise in training too.
@@ -176,8 +179,9 @@ def from_module(
     if whole:
         run.everything = moved(first, device)
     outer = validation_loss
+    seen = _seen_by_outer(validation, validation_batch_size, seed or 0, device)
     if not isinstance(outer, JaxObjective):
-        outer = Validation(run, loss if outer is None else outer, outer is None, _whole(validation, device))
+        outer = Validation(run, loss if outer is None else outer, outer is None, seen)
     problem = Problem(
         step=run.step,
         outer=outer,
@@ -198,6 +202,7 @@ def from_module(
         "seed": seed,
         "batch_size": batches.size,
         "examples": batches.count,
+        "validation_batch_size": validation_batch_size,
         "steps": steps,
         "buffers": buffers,
     }
@@ -231,12 +236,15 @@ def _check(loss: Any, validation_loss: Any, tune: Any, buffers: Any, seed: Any, 
             check_patterns(name, tune[name])
 
 
-def _whole(validation: Any, device: torch.device) -> Any:
-    """The validation examples as one batch, where the module is."""
+def _seen_by_outer(validation: Any, size: int | None, seed: int, device: torch.device) -> Callable[[Any], Any]:
+    """The validation examples of a run, as one batch where the module is."""
+    collate = None
     if isinstance(validation, DataLoader):
         check_sampler(validation)
-        batches = Batches(validation.dataset, collate=validation.collate_fn)
-    else:
-        batches = Batches(validation)
+        validation, collate = validation.dataset, validation.collate_fn
+    batches = Batches(validation, size, seed=mixed(seed, 1), collate=collate)
+    if size is not None:
+        return lambda run: moved(batches(run, 1), device)
     with seeded(0, device):
-        return moved(batches(None, 1), device)
+        whole = moved(batches(None, 1), device)
+    return lambda run: whole

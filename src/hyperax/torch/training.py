@@ -207,14 +207,16 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 class Validation:
-    """E: a loss of the module in evaluation mode, on the validation examples."""
+    """E: a loss of the module in evaluation mode, on the validation examples of a run."""
 
-    def __init__(self, run: ModuleRun, loss: Callable[..., Any], is_training_loss: bool, examples: Any):
+    def __init__(
+        self, run: ModuleRun, loss: Callable[..., Any], is_training_loss: bool, examples: Callable[[Any], Any]
+    ):
         self.run, self.loss, self.is_training_loss, self.examples = run, loss, is_training_loss, examples
 
     def __call__(self, state: State, lam: Any, run: Any) -> Any:
         """E(w, lam)."""
-        found = called(self.loss, self.run.evaluated(state, lam), self.examples, lam)
+        found = called(self.loss, self.run.evaluated(state, lam), self.examples(run), lam)
         return total(found, {}, None) if self.is_training_loss else found
 
 
