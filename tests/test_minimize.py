@@ -98,9 +98,9 @@ def test_dispatch_changes_nothing(options):
     solutions = [minimize(fake, LAM, dispatch=dispatch, **common) for dispatch in (1, 7, 50)]
     interrupted = minimize(fake, LAM, dispatch=50, callbacks=lambda progress: None, **common)
     for solution in (*solutions[1:], interrupted):
-        # Up to rounding: a loop may be compiled otherwise than a single step.
+        # To the bit; up to rounding where newer compilers round a loop otherwise than a single step.
         for a, b in zip(*(jax.tree.leaves((x.lam, x.history)) for x in (solution, solutions[0])), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-14)
+            np.testing.assert_allclose(a, b, rtol=1e-14 if jax.__version_info__ >= (0, 11) else 0, atol=0)
     assert [record["step"] for record in solution.history] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
 
 

@@ -224,8 +224,9 @@ def test_memory_hardly_grows_with_the_steps():
     short, long = temporary(Reversible(200)), temporary(Reversible(2000))
     # 6 arrays of words in place of 1, of the size of lam; the states alone are 2000 arrays and more.
     words = 8 * lam.size * (-(-2000 // 340) - 1)
-    assert short < long <= short + 1.25 * words
-    assert long < 1.6 * short
+    newer = jax.__version_info__ >= (0, 11)  # whose compiler keeps one array more
+    assert short < long <= short + (1.25 if newer else 1.1) * words
+    assert long < (1.6 if newer else 1.5) * short
     assert long < 2000 * 8 * lam.size / 50
 
 
