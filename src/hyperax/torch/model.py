@@ -90,7 +90,7 @@ class Model:
     Raises: `ValueError` for what would change the module: assigning to it, `to`, `load_state_dict`, another mode than
     it is in.
     Cost: a call costs what `torch.func.functional_call` does. So does every use of a part (a method, a call of a
-    submodule, `parameters()`), about 10 us for each parameter of the whole module: a loss that calls a large module
+    submodule, `parameters()`), which grows with the parameters of the whole module: a loss that calls a large module
     layer by layer is better a method of the module.
     Do not use it after the loss has returned: the tensors are those of one step.
 

@@ -11,6 +11,7 @@ import torch
 
 from hyperax.checks import leaf_name
 from hyperax.problem import Hypergradient, is_shared
+from hyperax.tasks import one_task, split_tasks
 from hyperax.torch.crossing import is_traced, to_jax
 from hyperax.torch.hypergradient import TorchHypergradient
 
@@ -25,7 +26,7 @@ class TorchMeanOverTasks:
         """The mean hypergradient; `state`, `carry` and `info` have a leading task axis."""
         count = _count(data)
         if is_traced((lam, data, carry)):
-            return self._in_a_program(lam, data, self.init(lam, data) if carry is None else carry, count)
+            return self._in_a_program(lam, data, self.init(lam, data) if carry is None else carry)
         total, rest = None, []
         for j in range(count):
             h = self.hypergradient(lam, _task(data, j), None if carry is None else _task(carry, j))
@@ -57,7 +58,7 @@ class TorchMeanOverTasks:
         """Whether a carry belongs to the tasks of the call it came from."""
         return self.hypergradient.remembers_tasks
 
-    def _in_a_program(self, lam: Any, data: Any, carry: Any, count: int) -> Hypergradient:
+    def _in_a_program(self, lam: Any, data: Any, carry: Any) -> Hypergradient:
         def of_task(task: Any, carry: Any) -> Any:
             h = self.hypergradient(lam, task, carry)
             return h.value, h.grad, h.info, h.carry
@@ -68,11 +69,11 @@ class TorchMeanOverTasks:
 
     def _scanned(self, function: Any, data: Any, carry: Any) -> Any:
         """function(task, its carry) of every task, in a loop of JAX: calls back must not run side by side."""
-        arrays, rest = eqx.partition(to_jax(data), lambda x: not is_shared(x) and eqx.is_array(x), is_leaf=is_shared)
+        arrays, rest = split_tasks(to_jax(data))
 
         def one(_: None, task: Any) -> tuple[None, Any]:
             arrays, carry = task
-            return None, function(_unshared(eqx.combine(arrays, rest, is_leaf=is_shared)), carry)
+            return None, function(one_task(arrays, rest), carry)
 
         return jax.lax.scan(one, None, (arrays, carry))[1]
 
@@ -117,13 +118,10 @@ def _mapped(x: Any) -> bool:
     return not is_shared(x) and (isinstance(x, torch.Tensor) or eqx.is_array(x))
 
 
-def _unshared(data: Any) -> Any:
-    return jax.tree.map(lambda x: x.value if is_shared(x) else x, data, is_leaf=is_shared)
-
-
 def _task(data: Any, j: int) -> Any:
     """The data of one task."""
-    return _unshared(jax.tree.map(lambda x: x[j] if _mapped(x) else x, data, is_leaf=is_shared))
+    of_task = lambda x: x.value if is_shared(x) else x[j] if _mapped(x) else x
+    return jax.tree.map(of_task, data, is_leaf=is_shared)
 
 
 def _count(data: Any) -> int:
