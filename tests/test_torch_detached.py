@@ -1,5 +1,6 @@
 """What a step or E loses on the way is said at the first call, and operations without forward rules are followed."""
 
+import dataclasses
 import gc
 
 import jax
@@ -130,6 +131,13 @@ def test_operations_without_a_forward_rule(name):
     for method in (hx.Forward(4, chunk=1), hx.RealTime(4, every=4)):
         close(ht.hypergradient(problem, method)(RATE), float(expected.value), jax.tree.leaves(expected.grad), 1e-12)
     assert ht.certify(ht.hypergradient(problem, hx.Reverse(4)), RATE, directions=1).advice == ()
+    calls = []
+    counted = dataclasses.replace(problem, step=lambda t, *rest: (calls.append(t), problem.step(t, *rest))[1])
+    f = ht.hypergradient(counted, hx.Forward(4, chunk=1))
+    f(RATE)
+    calls.clear()
+    f(RATE)
+    assert calls == [1, 2, 3, 4], "what has no forward rule is tried once"
 
 
 class NoSecond(torch.autograd.Function):

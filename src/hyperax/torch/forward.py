@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import jax
 import torch
@@ -13,7 +14,7 @@ from torch.autograd import forward_ad
 
 from hyperax.methods import Forward, RealTime
 from hyperax.methods.real_time import InnerProgress
-from hyperax.torch.problem import Inner, floats_of, is_float, mode, replaced, w_of, with_w
+from hyperax.torch.problem import Inner, Problem, floats_of, is_float, mode, replaced, w_of, with_w
 from hyperax.torch.reverse import first_carry, solve
 from hyperax.torch.runs import (
     Gradients,
@@ -69,12 +70,12 @@ def _coordinates(lam: Any, chunk: int | None) -> Iterator[Tangents]:
 
 def _pushed_start(inner: Inner, lam: Any, directions: Tangents) -> tuple[Any, Tangents]:
     """(s_0, Z_0 = d Phi_0 / d lam along the directions)."""
-    return _push(lambda lam: inner.start(lam), (lam,), directions)
+    return _push(inner, lambda lam: inner.start(lam), (lam,), directions)
 
 
 def _pushed(inner: Inner, t: int, state: Any, z: Tangents, lam: Any, directions: Tangents) -> tuple[Any, Tangents]:
     """(s_t, Z_t = (d Phi_t / d s) Z_{t-1} + d Phi_t / d lam)."""
-    return _push(lambda state, lam: inner.step(t, state, lam), (state, lam), [*z, *directions])
+    return _push(inner, lambda state, lam: inner.step(t, state, lam), (state, lam), [*z, *directions])
 
 
 @cache
@@ -85,11 +86,11 @@ def _load_rules() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-def _push(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
+def _push(inner: Inner, function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
     """(function(*arguments), its derivative along each direction)."""
     _load_rules()
     if len(tangents[0]) == 1:
-        return _push_one(function, arguments, tangents)
+        return _push_one(inner.problem, function, arguments, tangents)
     arguments = constant(arguments)
     primals, shape = tuple(floats_of(arguments)), []
 
@@ -117,18 +118,27 @@ def _push(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tan
     return constant(tree.unflatten([next(floats) if kind else next(others) for kind in kinds])), list(derivatives)
 
 
-def _push_one(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
+_WITHOUT_RULES: WeakSet[Problem] = WeakSet()
+"""Problems of which an operation has no forward rule: it is not tried again at every step."""
+
+
+def _push_one(problem: Problem, function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
     """The same for one direction, by dual numbers; where PyTorch has none of an operation, by two ways back."""
-    try:
-        return _push_dual(function, arguments, tangents)
-    except (RuntimeError, NotImplementedError) as without:
+    without = "left out"
+    if problem not in _WITHOUT_RULES:
         try:
-            return _push_twice(function, arguments, tangents)
+            return _push_dual(function, arguments, tangents)
         except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(
-                f"the step has no derivative along a direction ({str(error).splitlines()[0]}; by forward rules: "
-                f"{str(without).splitlines()[0]}): use Reverse, with segments where memory is short"
-            ) from error
+            without = str(error).splitlines()[0]
+    try:
+        found = _push_twice(function, arguments, tangents)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"the step has no derivative along a direction ({str(error).splitlines()[0]}; by forward rules: {without}): use "
+            "Reverse, with segments where memory is short"
+        ) from error
+    _WITHOUT_RULES.add(problem)
+    return found
 
 
 def _push_dual(function: Any, arguments: tuple, tangents: Tangents) -> tuple[Any, Tangents]:
