@@ -134,8 +134,8 @@ def _push_one(problem: Problem, function: Any, arguments: tuple, tangents: Tange
         found = _push_twice(function, arguments, tangents)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"the step has no derivative along a direction ({str(error).splitlines()[0]}; by forward rules: {without}): use "
-            "Reverse, with segments where memory is short"
+            f"the step has no derivative along a direction ({str(error).splitlines()[0]}; by forward rules: {without})"
+            ": use Reverse, with segments where memory is short"
         ) from error
     _WITHOUT_RULES.add(problem)
     return found
